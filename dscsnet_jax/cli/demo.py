@@ -1,0 +1,74 @@
+"""`dscsnet demo`: simulate, unmix, score beside the limit, and draw a picture."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dscsnet_jax.cli import options, progress, scoring
+from dscsnet_jax.cli.simulate import simulated
+from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.evaluation.plot import plot_unmixing
+from dscsnet_jax.evaluation.report import format_table
+from dscsnet_jax.io.outputs import prepare_output, replacing
+from dscsnet_jax.physics.scene import get_preset
+
+EXAMPLE = options.examples(["dscsnet demo", "dscsnet demo --num 2000 --out picture.png --force"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    options.add_preset(parser, options.known_presets())
+    parser.add_argument(
+        "--num", type=options.positive, default=200, help="number of frames (default 200)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo.png"), help="picture to write (default demo.png)"
+    )
+    options.add_force(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the whole chain on the packaged weights."""
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: expected the suffix .png, got {args.out.suffix!r}")
+    prepare_output(args.out, force=args.force)
+    preset = get_preset(args.preset)
+    scene = simulated(preset, seed=args.seed, split="test", num=args.num)
+    frames, truth = np.asarray(scene.frames), scene.targets
+    known = known_of(preset)
+    with progress.stage("compiling"):
+        unmix(frames, **known)
+    with progress.stage("unmixing"):
+        start = time.perf_counter()
+        answer = unmix(frames, return_maps=True, **known)
+        seconds = time.perf_counter() - start
+    name = scoring.label("dscsnet", "mean", "peaks")
+    with progress.stage("scoring"):
+        rows = scoring.method_rows(
+            name, answer.targets, answer.maps, truth, num_pixels=preset.frame_size
+        )
+        rows |= scoring.guide_row(truth, preset)
+        rows |= scoring.reference_row(frames, truth, preset)
+    print(
+        f"{args.num} test frames of {preset.name} unmixed in {seconds:.2f} s "
+        f"({args.num / seconds:.0f} frames/s on {jax.devices()[0].device_kind})"
+    )
+    print(format_table(rows))
+    print(scoring.against_reference(rows, name))
+    with progress.stage("drawing"), replacing(args.out) as unfinished:
+        figure = plot_unmixing(
+            frames,
+            answer.maps,
+            truth,
+            answer.targets,
+            division=preset.division,
+            std=answer.std[..., :2],
+        )
+        figure.savefig(unfinished, format="png")
+    print(f"picture: {args.out}")
+    return 0

@@ -1,0 +1,196 @@
+"""Options that several verbs share, and how they become arguments of the library."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from dscsnet_jax.estimation.offgrid import ESTIMATES
+from dscsnet_jax.estimation.prior import preset_prior, scene_prior
+from dscsnet_jax.estimation.unmix import METHODS, READOUTS
+from dscsnet_jax.physics.scene import Preset, presets
+
+_CHANGES = ("division", "frame_size", "sigma", "read_noise", "offset")
+
+
+def add_preset(parser: argparse.ArgumentParser, choices: Iterable[str] = ()) -> None:
+    """Which scenes to simulate; all presets, or some."""
+    parser.add_argument(
+        "--preset", default="csist", choices=sorted(choices or presets()), help="default: csist"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the scenes (default 0)")
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Changes to the preset."""
+    parser.add_argument("--division", type=positive, help="cells per pixel side of the truth map")
+    parser.add_argument("--frame-size", type=positive, help="detector pixels per side")
+    parser.add_argument("--sigma", type=length, help="PSF standard deviation, pixels")
+    parser.add_argument("--read-noise", type=counts, help="standard deviation of noise, counts")
+    parser.add_argument("--offset", type=counts, help="mean background, counts")
+
+
+def changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The changes to the preset that were asked for."""
+    return {k: getattr(args, k) for k in _CHANGES if getattr(args, k) is not None}
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """How to unmix."""
+    parser.add_argument(
+        "--method",
+        default="dscsnet",
+        choices=METHODS,
+        help="dscsnet: network, then off the grid (default); grid: the network's map alone; "
+        "greedy: no network, one target after the other",
+    )
+    parser.add_argument(
+        "--estimate",
+        default="mean",
+        choices=ESTIMATES,
+        help="mean: of the posterior (default); map: the best fit, faster",
+    )
+    parser.add_argument(
+        "--readout",
+        default="peaks",
+        choices=READOUTS,
+        help="peaks: one target a peak, at its centroid (default); cells, for the method grid: "
+        "the benchmark's reference rule, every cell above the threshold",
+    )
+    parser.add_argument("--weights", help="a .safetensors file, or the name of packaged weights")
+    parser.add_argument(
+        "--batch-size", type=positive, default=256, help="frames at once (default 256)"
+    )
+
+
+def add_prior(parser: argparse.ArgumentParser) -> None:
+    """What is known of the scenes."""
+    parser.add_argument(
+        "--prior",
+        choices=sorted(known_presets()),
+        help="what the scenes of this preset have in common: range of intensities, least "
+        "distance, extent and number of targets; default: nothing is known",
+    )
+    parser.add_argument(
+        "--intensity", type=counts, nargs=2, metavar=("LOW", "HIGH"), help="range, counts"
+    )
+    parser.add_argument("--separation", type=counts, help="least distance of targets, pixels")
+    parser.add_argument(
+        "--extent", type=length, help="side of the square that holds a cluster, pixels"
+    )
+
+
+def add_sensor(parser: argparse.ArgumentParser) -> None:
+    """What is known of optics and sensor; what is not given is estimated."""
+    parser.add_argument(
+        "--sigma", type=length, help="PSF standard deviation, pixels; default: the weights'"
+    )
+    parser.add_argument(
+        "--fit-psf", action="store_true", help="fit the width of the PSF, one for all frames"
+    )
+    parser.add_argument("--noise", type=counts, help="standard deviation of the read noise, counts")
+    parser.add_argument("--background", type=number, help="counts under every pixel")
+    parser.add_argument(
+        "--saturation",
+        type=full_well,
+        help="full well of the sensor, counts, or inf; default: that of 8 or 16 bit images",
+    )
+    parser.add_argument("--gain", type=length, help="electrons per count of the shot noise")
+
+
+def known_presets() -> dict[str, Preset]:
+    """Presets whose frames are all of one kind."""
+    return {name: preset for name, preset in presets().items() if preset.variation is None}
+
+
+def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `estimation.unmix.unmix`: how."""
+    names = ("method", "estimate", "readout", "weights", "batch_size")
+    return {name: getattr(args, name) for name in names}
+
+
+def sensor_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `estimation.unmix.unmix`: optics and sensor, as far as given."""
+    names = ("sigma", "noise", "background", "saturation", "gain")
+    given = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None} | {
+        "fit_psf": args.fit_psf
+    }
+
+
+def prior_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `estimation.unmix.unmix`: the prior, if anything is given of it."""
+    given = {name: getattr(args, name) for name in ("intensity", "separation", "extent")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.prior is None:
+        return {"prior": scene_prior(**given)} if given else {}
+    known = preset_prior(presets()[args.prior])
+    whole: dict[str, Any] = {
+        "intensity": known.intensity,
+        "separation": known.separation,
+        "extent": known.extent,
+        "count": known.count,
+        # The preset's place of the square goes with its extent.
+        "corner": None if "extent" in given else known.corner,
+    }
+    return {"prior": scene_prior(**whole | given)}
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Permission to replace files."""
+    parser.add_argument("--force", action="store_true", help="replace existing output")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    return int(_at_least(1, int(text)))
+
+
+def seed(text: str) -> int:
+    """A whole number that JAX takes as a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in 0..2^32-1, got {text}")
+    return value
+
+
+def length(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite and above 0, got {text}")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
+def full_well(text: str) -> float:
+    """A number above 0, or inf."""
+    return math.inf if text == "inf" else length(text)
+
+
+def counts(text: str) -> float:
+    """A finite number of at least 0."""
+    value = _at_least(0, float(text))
+    if value == math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
+def _at_least(least: float, value: float) -> float:
+    if not value >= least:  # NaN as well
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value
+
+
+def examples(lines: Iterable[str]) -> str:
+    """The examples at the end of a verb's help."""
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)])

@@ -1,0 +1,132 @@
+"""`dscsnet unmix`: frames in, a table of targets out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from dscsnet_jax.cli import options, progress
+from dscsnet_jax.estimation.unmix import Unmixed, unmix
+from dscsnet_jax.io.catalog import (
+    Catalog,
+    concatenate,
+    from_targets,
+    prepare_catalog,
+    write_catalog,
+)
+from dscsnet_jax.io.frames import FrameStack, read_many
+
+EXAMPLE = options.examples(
+    [
+        "dscsnet unmix frames/ --out targets.csv",
+        "dscsnet unmix frames/ --prior csist --noise 0 --out targets.csv",
+        "dscsnet unmix stack.npy a.png b.tif --mask-invalid",
+    ]
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="PNG, TIFF, NPY or NPZ files, or folders of them",
+    )
+    options.add_method(parser)
+    parser.add_argument(
+        "--out", type=Path, help=".csv, .ecsv or .parquet; default: CSV on standard output"
+    )
+    options.add_sensor(parser)
+    options.add_prior(parser)
+    parser.add_argument(
+        "--threshold", type=options.counts, help="least energy of a target read out, counts"
+    )
+    parser.add_argument("--max-targets", type=options.positive, help="most targets of a frame")
+    parser.add_argument(
+        "--mask-invalid",
+        action="store_true",
+        help="leave NaN and Inf pixels out, flag the frame",
+    )
+    options.add_force(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, unmix, write the catalog and print a summary."""
+    if args.out:
+        prepare_catalog(args.out, force=args.force)
+    with progress.stage("reading"):
+        stacks = read_many(args.paths, mask_invalid=args.mask_invalid)
+    pieces = [piece for stack in stacks for piece in _pieces(stack, args)]
+    answers = [_answer(piece, args) for piece in progress.tracked(pieces, "unmixing")]
+    catalog = concatenate(
+        [
+            from_targets(piece.names, answer.targets, std=answer.std, status=answer.status())
+            for piece, answer in zip(pieces, answers, strict=True)
+        ]
+    )
+    if args.out:
+        write_catalog(args.out, catalog, force=args.force)
+        print(f"{_summary(answers)}\ncatalog: {args.out}")
+    else:
+        _print_catalog(catalog)
+        print(_summary(answers), file=sys.stderr)
+    return 0
+
+
+def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
+    """Runs of frames to report progress by; all at once if they share a fit of the PSF."""
+    size = len(stack.frames) if args.fit_psf else max(args.batch_size, progress.RUN)
+    runs = progress.runs_of(stack.frames, max(size, 1))
+    ends = np.cumsum([len(frames) for frames in runs]).tolist()
+    return [
+        FrameStack(stack.names[end - len(frames) : end], frames)
+        for frames, end in zip(runs, ends, strict=True)
+    ]
+
+
+def _answer(stack: FrameStack, args: argparse.Namespace) -> Unmixed:
+    return unmix(
+        stack.frames,
+        threshold=args.threshold,
+        max_targets=args.max_targets,
+        mask_invalid=args.mask_invalid,
+        **options.method_arguments(args),
+        **options.sensor_arguments(args),
+        **options.prior_arguments(args),
+    )
+
+
+def _print_catalog(catalog: Catalog) -> None:
+    """The CSV that `--out` would write."""
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home, "targets.csv")
+        write_catalog(path, catalog)
+        sys.stdout.write(path.read_text(encoding="utf-8"))
+
+
+def _summary(answers: list[Unmixed]) -> str:
+    """Frames, targets, how many targets the frames have, and what was flagged."""
+    counts = np.concatenate([np.asarray(answer.targets.count) for answer in answers])
+    per_count = dict(enumerate(np.bincount(counts).tolist()))
+    histogram = ", ".join(f"{n}: {frames}" for n, frames in per_count.items() if frames)
+    flags = {
+        "targets near the edge": sum(int(a.near_edge.sum()) for a in answers),
+        "targets at saturated pixels": sum(int(a.saturated.sum()) for a in answers),
+        "targets unresolved": sum(int(a.unresolved.sum()) for a in answers),
+        "targets not converged": sum(int(a.not_converged.sum()) for a in answers),
+        "frames not explained by the noise": sum(int(a.unexplained.sum()) for a in answers),
+        "frames truncated": sum(int(a.truncated.sum()) for a in answers),
+        "frames with invalid pixels": sum(int(a.invalid.sum()) for a in answers),
+    }
+    lines = [
+        f"{len(counts)} frames, {counts.sum()} targets, "
+        f"{per_count.get(0, 0)} frames without targets",
+        f"frames by number of targets: {histogram or 'none'}",
+    ]
+    return "\n".join(lines + [f"{name}: {number}" for name, number in flags.items() if number])

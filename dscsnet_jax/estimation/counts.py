@@ -1,0 +1,372 @@
+"""Counts: how many targets a frame holds, by comparing the evidence of neighbouring counts.
+
+The evidence of a count is Laplace's: with `d` parameters, their information `F` and the
+prior's density `p` at the fit,
+
+    log Z = log likelihood + log p + d/2 log(2 pi) - 1/2 log det F + log n!
+
+The start is the read-out's count. Frames whose fit the noise does not explain, or whose
+targets are in doubt, are compared with one target less (the faintest removed, the closest
+pair or all of them merged), one more (added at the residual's peak, or the target that looks most
+extended split in two), and as many turned about their centre of energy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import gammaln
+
+from dscsnet_jax.estimation import spd
+from dscsnet_jax.estimation.blocks import in_blocks
+from dscsnet_jax.estimation.detect import matched_filter, places
+from dscsnet_jax.estimation.objective import pixel_std
+from dscsnet_jax.estimation.observe import Observation
+from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.refine import NUM_ITERATIONS, Fit, all_counts, refine
+from dscsnet_jax.physics import limits, optics
+from dscsnet_jax.physics.targets import Targets
+
+MAX_ROUNDS = 6
+_MARGIN = 0.5  # pixels beyond the border where a target may still be
+_FEW = 32  # frames compared at once: only some are in doubt, and ever fewer
+_SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2
+_UNEXPLAINED = 3.0  # standard deviations of chi square
+_DOUBTFUL_SNR = 6.0
+_DOUBTFUL_INTENSITY = 2.0  # standard deviations of the prior
+_CLOSE = 1.0  # PSF sigmas
+_TURNS = (np.pi, np.pi / 2, np.pi / 4)
+
+
+class Selected(NamedTuple):
+    """Answer of `select_count`.
+
+    Attributes:
+      fit: of the best count.
+      log_evidence: (B, K+1) of each count that was tried; -inf of the others.
+    """
+
+    fit: Fit
+    log_evidence: Any
+
+
+def log_evidence(fit: Fit, observation: Observation, prior: ScenePrior) -> jax.Array:
+    """Laplace evidence of fits, up to a constant of each frame.
+
+    Args:
+      fit: of B frames.
+      observation: the frames.
+      prior: what is known of the scene; a range of intensities counts as a Gaussian of
+        its mean and variance. Without one, any up to the frame's flux is as likely;
+        without an extent, any place of the frame.
+
+    Returns:
+      (B,) natural logarithms.
+    """
+    mask = fit.targets.mask
+    number = mask.sum(-1)
+    slots = mask.shape[-1]
+    if prior.intensity is None:
+        log_density = -jnp.log(all_counts(observation))
+    else:
+        log_density = -jnp.log(prior.intensity_moments()[1] * (2 * np.pi) ** 0.5)
+    area = jnp.log(observation.valid.sum((-2, -1)).clip(1))
+    total = -fit.cost - fit.log_determinant / 2 + 1.5 * number * np.log(2 * np.pi)
+    total = total + number * log_density + gammaln(number + 1.0)
+    if prior.extent is None:
+        total = total - number * area
+    else:
+        share = jnp.asarray(prior.log_free_share)
+        total = total - jnp.where(number > 0, area, 0) - share[jnp.minimum(number, len(share) - 1)]
+        total = total - 2 * number * jnp.log(prior.extent)
+    rows, cols = observation.counts.shape[-2:]
+    row, col = fit.targets.position[..., 0], fit.targets.position[..., 1]
+    inside = (jnp.abs(row - (rows - 1) / 2) <= rows / 2 + _MARGIN) & (
+        jnp.abs(col - (cols - 1) / 2) <= cols / 2 + _MARGIN
+    )
+    impossible = mask & (~inside | (fit.targets.intensity < 0))
+    total = jnp.where(impossible.any(-1), -jnp.inf, total)
+    if prior.count is not None:
+        chance = np.zeros(slots + 1)
+        chance[: len(prior.count)] = prior.count[: slots + 1]
+        total = total + jnp.log(jnp.asarray(chance, total.dtype))[number]
+    return total
+
+
+def select_count(
+    observation: Observation,
+    fit: Fit,
+    prior: ScenePrior,
+    *,
+    only_add: bool = False,
+    max_rounds: int = MAX_ROUNDS,
+    num_iterations: int = NUM_ITERATIONS,
+) -> Selected:
+    """Remove or add targets where the evidence says so.
+
+    Only frames in doubt are compared; those are gathered into blocks of one fixed shape,
+    so that no frame's answer depends on the others.
+
+    Args:
+      observation: B frames.
+      fit: their fits at the first count.
+      prior: what is known of the scene.
+      only_add: add one target at a time at the residual's peak as long as the evidence
+        grows, from any start, and try nothing else: what one would write by hand.
+      max_rounds: most times that a count may change.
+      num_iterations: of each fit.
+
+    Returns:
+      `Selected`, as NumPy arrays.
+    """
+    compare = partial(_compare, num_iterations=num_iterations, only_add=only_add)
+    evidence, doubt = in_blocks(_assess, (fit, observation), prior)
+    fit = jax.tree.map(np.array, fit)
+    number = fit.targets.mask.sum(-1)
+    table = np.full((len(number), fit.targets.mask.shape[-1] + 1), -np.inf, evidence.dtype)
+    table[np.arange(len(number)), number] = evidence
+    todo = np.flatnonzero(doubt | only_add)
+    for _ in range(max_rounds):
+        if not len(todo):
+            break
+        some = partial(jax.tree.map, lambda a, i=todo: np.asarray(a)[i])
+        best, tried = in_blocks(compare, (some(fit), some(observation)), prior, size=_FEW)
+        table[todo] = np.maximum(table[todo], tried)
+        changed = best.targets.mask.sum(-1) != fit.targets.mask[todo].sum(-1)
+        for ours, theirs in zip(jax.tree.leaves(fit), jax.tree.leaves(best), strict=True):
+            ours[todo] = theirs
+        todo = todo[changed]
+    return Selected(fit, table)
+
+
+@jax.jit
+def _assess(
+    fit_and_frames: tuple[Fit, Observation], prior: ScenePrior
+) -> tuple[jax.Array, jax.Array]:
+    fit, observation = fit_and_frames
+    return log_evidence(fit, observation, prior), _in_doubt(fit, observation, prior)
+
+
+def _in_doubt(fit: Fit, observation: Observation, prior: ScenePrior) -> jax.Array:
+    """(B,) bool: the noise does not explain the fit, or a target may be too much or two."""
+    mask, intensity = fit.targets.mask, fit.targets.intensity
+    freedom = jnp.maximum(fit.num_pixels - 3 * mask.sum(-1), 1)
+    unexplained = fit.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2.0 * freedom)
+    weak = mask & ~(intensity > _DOUBTFUL_SNR * fit.std[..., 2])
+    if prior.intensity is not None:
+        mean, std = prior.intensity_moments()
+        weak = weak | (mask & (jnp.abs(intensity - mean) > _DOUBTFUL_INTENSITY * std))
+    close = _closest(fit.targets)[0] < _CLOSE * observation.sigma.mean(-1)
+    return unexplained | weak.any(-1) | close | ~fit.converged
+
+
+@partial(jax.jit, static_argnames=("num_iterations", "only_add"))
+def _compare(
+    fit_and_frames: tuple[Fit, Observation],
+    prior: ScenePrior,
+    *,
+    num_iterations: int,
+    only_add: bool,
+) -> tuple[Fit, jax.Array]:
+    """Best of keeping and of all changes, and the evidence of each count (B, K+1)."""
+    fit, observation = fit_and_frames
+    starts = jax.vmap(partial(_changes, prior=prior, only_add=only_add))(
+        fit.targets, fit.std, observation, fit.background
+    )
+    best, best_evidence = fit, log_evidence(fit, observation, prior)
+    number = fit.targets.mask.sum(-1)
+    frame = jnp.arange(len(number))
+    table = jnp.full((len(number), fit.targets.mask.shape[-1] + 1), -jnp.inf)
+    table = table.at[frame, number].set(best_evidence)
+    # All changes in one fit: what is not there to be fitted apart costs no time apart.
+    stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
+    repeated = jax.tree.map(lambda a: jnp.concatenate([a] * len(starts)), observation)
+    others = refine(repeated, stacked, prior, num_iterations=num_iterations)
+    evidences = log_evidence(others, repeated, prior).reshape(len(starts), -1)
+    for index, evidence in enumerate(evidences):
+        other = jax.tree.map(lambda a, i=index: a[i * len(frame) : (i + 1) * len(frame)], others)
+        evidence = jnp.where(jnp.isfinite(evidence), evidence, -jnp.inf)
+        table = table.at[frame, other.targets.mask.sum(-1)].max(evidence)
+        better = evidence > best_evidence
+        best_evidence = jnp.maximum(best_evidence, evidence)
+        best = jax.tree.map(
+            lambda a, b, better=better: jnp.where(jnp.expand_dims(better, range(1, a.ndim)), a, b),
+            other,
+            best,
+        )
+    return best, table
+
+
+def _changes(
+    targets: Targets,
+    std: jax.Array,
+    observation: Observation,
+    background: jax.Array,
+    *,
+    prior: ScenePrior,
+    only_add: bool,
+) -> list[Targets]:
+    """Other starts for one frame; where there is no neighbouring count, the same."""
+    rows, cols = observation.counts.shape
+    source = optics.render(targets, frame_size=(rows, cols), sigma=observation.sigma)
+    residual = observation.counts - source - background
+    residual = jnp.where(observation.saturated, jnp.maximum(residual, 0), residual)
+    weight = jnp.where(observation.valid, 1 / pixel_std(observation, source) ** 2, 0)
+    added = _with_peak_added(targets, residual, weight, observation.sigma, prior)
+    if only_add:
+        return [added]
+    return [
+        added,
+        _without_faintest(targets, std),
+        _with_closest_merged(targets),
+        _as_one(targets),
+        _with_one_split(targets, residual, weight, observation.sigma),
+        *(_turned(targets, angle) for angle in _TURNS),
+    ]
+
+
+def _turned(targets: Targets, angle: float) -> Targets:
+    """The same targets turned about their centre of energy: blends look alike so."""
+    energy = targets.intensity / jnp.where(targets.mask.any(), targets.intensity.sum(), 1)
+    centre = (energy[:, None] * targets.position).sum(0)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    off = targets.position - centre[None]
+    turned = jnp.einsum("ka,ab->kb", off, jnp.asarray(turn, off.dtype), precision="highest")
+    turned = turned + centre[None]
+    return dataclasses.replace(targets, position=jnp.where(targets.mask[:, None], turned, 0))
+
+
+def _as_one(targets: Targets) -> Targets:
+    """All targets merged into one: the way back from many faint companions."""
+    energy = jnp.where(targets.mask, targets.intensity, 0)
+    total = energy.sum()
+    centre = (energy[:, None] * targets.position).sum(0) / jnp.where(total > 0, total, 1)
+    kept = jnp.arange(len(energy)) == jnp.argmax(energy)
+    merged = Targets(
+        jnp.where(kept[:, None], centre[None], 0),
+        jnp.where(kept, total, 0),
+        kept & targets.mask,
+    )
+    some = total > 0
+    return jax.tree.map(lambda new, old: jnp.where(some, new, old), merged, targets)
+
+
+def _without_faintest(targets: Targets, std: jax.Array) -> Targets:
+    significance = jnp.where(targets.mask, targets.intensity / std[:, 2], jnp.inf)
+    gone = jnp.arange(len(significance)) == jnp.argmin(significance)
+    return _masked(targets, targets.mask & ~gone)
+
+
+def _closest(targets: Targets) -> tuple[jax.Array, jax.Array]:
+    """Distance (..., ) of the closest pair, pixels, and its number among the pairs."""
+    slots = targets.mask.shape[-1]
+    first, second = np.triu_indices(slots, 1)
+    apart = targets.position[..., first, :] - targets.position[..., second, :]
+    both = targets.mask[..., first] & targets.mask[..., second]
+    distance = jnp.where(both, jnp.sqrt((apart**2).sum(-1)), jnp.inf)
+    return distance.min(-1), distance.argmin(-1)
+
+
+def _with_closest_merged(targets: Targets) -> Targets:
+    first, second = np.triu_indices(len(targets.mask), 1)
+    pair = _closest(targets)[1]
+    a, b = jnp.asarray(first)[pair], jnp.asarray(second)[pair]
+    both = targets.mask[a] & targets.mask[b]
+    energy = targets.intensity[a] + targets.intensity[b]
+    share = targets.intensity[a] / jnp.where(energy == 0, 1, energy)
+    centre = share * targets.position[a] + (1 - share) * targets.position[b]
+    merged = Targets(
+        targets.position.at[a].set(centre),
+        targets.intensity.at[a].set(energy),
+        targets.mask.at[b].set(False),
+    )
+    kept = jax.tree.map(lambda new, old: jnp.where(both, new, old), merged, targets)
+    return _masked(kept, kept.mask)
+
+
+def _with_peak_added(
+    targets: Targets, residual: jax.Array, weight: jax.Array, sigma: jax.Array, prior: ScenePrior
+) -> Targets:
+    energy, ratio = matched_filter(residual, weight, sigma)
+    row, col = jnp.divmod(jnp.argmax(ratio), ratio.shape[1])
+    energy = energy[row, col]
+    place = jnp.stack(
+        [
+            jnp.asarray(places(n), residual.dtype)[i]
+            for n, i in zip(residual.shape, (row, col), strict=True)
+        ]
+    )
+    if prior.intensity is not None:
+        energy = jnp.clip(energy, *prior.intensity)
+    return _put(targets, jnp.argmin(targets.mask), place, energy)
+
+
+def _with_one_split(
+    targets: Targets, residual: jax.Array, weight: jax.Array, sigma: jax.Array
+) -> Targets:
+    """Split the target whose surroundings look most like those of a pair.
+
+    Two halves at `+-delta` along `e` differ from one target by `I/2 delta^2 e^T H e`, `H`
+    the second derivatives of the PSF: the residual's share in them gives target,
+    direction and distance.
+    """
+    rows, cols = residual.shape
+    moments = []
+    for axis, num in ((0, rows), (1, cols)):
+        place = targets.position[:, axis]
+        value = optics.point_response(place, num, sigma[axis])
+        slope = limits.point_response_derivative(place, num, sigma[axis])
+        bend = jax.vmap(
+            jax.jacfwd(partial(limits.point_response_derivative, num_pixels=num, sigma=sigma[axis]))
+        )(place)
+        moments.append((value, slope, bend))
+    pairs = ((2, 0), (0, 2), (1, 1))
+    shapes = jnp.stack([moments[0][a][:, :, None] * moments[1][b][:, None, :] for a, b in pairs], 1)
+    shapes = shapes * targets.intensity[:, None, None, None] / 2
+    shapes = shapes * jnp.array([1.0, 1.0, 2.0], shapes.dtype)[None, :, None, None]
+    normal = jnp.einsum("ksij,ktij,ij->kst", shapes, shapes, weight, precision="highest")
+    right = jnp.einsum("ksij,ij->ks", shapes, weight * residual, precision="highest")
+    diagonal = jnp.diagonal(normal, axis1=-2, axis2=-1)
+    scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
+    inverse, _ = spd.inverse(
+        jnp.where(np.eye(3) > 0, 1, normal * scale[:, :, None] * scale[:, None, :])
+    )
+    solution = scale * jnp.einsum("kst,kt->ks", inverse, scale * right, precision="highest")
+    rr, cc, rc = jnp.moveaxis(solution, -1, 0)
+    middle, radius = (rr + cc) / 2, jnp.sqrt(((rr - cc) / 2) ** 2 + rc**2)
+    chosen = jnp.argmax(jnp.where(targets.mask, (middle + radius) * targets.intensity, -jnp.inf))
+    angle = jnp.arctan2(2 * rc[chosen], rr[chosen] - cc[chosen]) / 2
+    least, largest = (2 * s * sigma.mean() for s in _SPLIT)
+    half = jnp.sqrt(jnp.clip((middle + radius)[chosen], least**2, largest**2))
+    offset = half * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    centre, energy = targets.position[chosen], targets.intensity[chosen] / 2
+    free = jnp.argmin(targets.mask)
+    first = Targets(
+        targets.position.at[chosen].set(centre + offset),
+        targets.intensity.at[chosen].set(energy),
+        targets.mask,
+    )
+    both = _put(first, free, centre - offset, energy)
+    possible = targets.mask.any() & ~targets.mask[free]
+    return jax.tree.map(lambda new, old: jnp.where(possible, new, old), both, targets)
+
+
+def _put(targets: Targets, slot: jax.Array, place: jax.Array, energy: jax.Array) -> Targets:
+    """A target more, if the slot is free."""
+    free = ~targets.mask[slot]
+    return Targets(
+        targets.position.at[slot].set(jnp.where(free, place, targets.position[slot])),
+        targets.intensity.at[slot].set(jnp.where(free, energy, targets.intensity[slot])),
+        targets.mask.at[slot].set(True),
+    )
+
+
+def _masked(targets: Targets, mask: jax.Array) -> Targets:
+    return Targets(
+        jnp.where(mask[:, None], targets.position, 0), jnp.where(mask, targets.intensity, 0), mask
+    )

@@ -1,0 +1,189 @@
+"""Network map: the network's sub-pixel map of frames, and the targets read out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from dscsnet_jax.estimation.observe import Observation
+from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
+from dscsnet_jax.estimation.tiling import TILE, tiled_map
+from dscsnet_jax.io.weights import Weights, check_geometry
+from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
+from dscsnet_jax.physics.targets import Targets
+from dscsnet_jax.unfolding.network import DSCSNet, NetworkConfig
+
+_TILE_BATCH = 4
+_PEAK_SHARE, _PEAK_NOISE = 0.15, 6.0  # least energy of a peak: of the scale, in noise
+_PRIOR_SHARE = 0.4  # least energy of a peak, of the prior's least intensity
+
+_operator = jax.jit(sensing_operator, static_argnames=("frame_size", "division"))
+
+
+def network_of(weights: Weights) -> DSCSNet:
+    """The network that a set of weights belongs to."""
+    return DSCSNet(NetworkConfig(**weights.metadata.config))
+
+
+def check_width(weights: Weights, width: np.ndarray) -> None:
+    """The PSF must be among those that the weights were trained for."""
+    trained = list(weights.metadata.training.get("sigma") or ())
+    if len(trained) == 2 and trained[0] < trained[1]:
+        slack = 1e-6
+        if ((width >= trained[0] - slack) & (width <= trained[1] + slack)).all():
+            return
+        raise ValueError(
+            f"the weights are trained for PSF sigmas of {trained[0]} to {trained[1]} pixels, "
+            f"got {width.tolist()}; train others, or use the method 'greedy'"
+        )
+    geometry = weights.metadata.geometry
+    operator = _operator((3, 3), division=geometry.division, sigma=width.astype(np.float32))
+    check_geometry(weights.metadata, operator)
+
+
+def read_maps(
+    observation: Observation,
+    weights: Weights,
+    prior: ScenePrior,
+    *,
+    readout: str,
+    threshold: float | None,
+    max_targets: int,
+    batch_size: int,
+) -> tuple[np.ndarray, Targets, np.ndarray]:
+    """Maps of frames, the targets read out of them, and where slots were missing.
+
+    The network sees the PSF it was trained for; the fit takes the true one.
+    """
+    background = observation.background[:, None, None]
+    y = _fill_invalid(observation.counts - background, observation.valid)
+    geometry = weights.metadata.geometry
+    network = network_of(weights)
+    nominal = np.asarray(geometry.sigma, np.float32)
+    operator = _operator(y.shape[1:], division=geometry.division, sigma=nominal)
+    model = _Model(network, jax.device_put(weights.params), operator)
+    noise = observation.noise.astype(np.float32)
+    scale = np.asarray(network.scale(jnp.asarray(y), jnp.asarray(noise))) if len(y) else noise
+    least, capacity = threshold, None
+    if prior.intensity is not None:
+        low, high = (float(v) for v in prior.intensity)
+        capacity = (low + high) / 2 if low > high / 2 else None
+        least = _PRIOR_SHARE * low if threshold is None and low > 0 else threshold
+    elif network.config.normalise == "fixed":
+        capacity = _capacity(weights)
+        least = REFERENCE_THRESHOLD if threshold is None else threshold
+    if readout == "cells":
+        least = REFERENCE_THRESHOLD if threshold is None else threshold
+    unit = np.ones(len(y), np.float32)
+    if least is None:  # relative to each frame
+        unit = np.maximum(_PEAK_SHARE * scale, _PEAK_NOISE * noise).astype(np.float32)
+        least = 1.0
+    rule = ReadoutRule(
+        name=readout,
+        division=geometry.division,
+        threshold=float(least),
+        separation=_separation(weights),
+        capacity=capacity,
+        max_targets=max_targets,
+    )
+    columns = (_batches(a, batch_size) for a in (y, noise, scale, unit))
+    parts = []
+    for frames, level, peak, energy in zip(*columns, strict=True):
+        if max(y.shape[1:]) > TILE:
+            x = np.stack([_large_map(model, *one) for one in zip(frames, level, peak, strict=True)])
+        else:
+            x = _make_map(model.params, frames, level, peak, model.operator, model.network)
+        parts.append((np.asarray(x), _read(x, energy, rule)))
+    maps, read = (_join(side, len(y)) for side in zip(*parts, strict=True))
+    return maps, read.targets, read.truncated
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _make_map(
+    params: Any,
+    y: jax.Array,
+    noise: jax.Array,
+    scale: jax.Array,
+    operator: SensingOperator,
+    network: DSCSNet,
+) -> jax.Array:
+    return network.apply(params, y, operator, noise=noise, scale=scale).x
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _read(x: jax.Array, unit: jax.Array, rule: ReadoutRule) -> Readout:
+    """Targets of maps whose energies are counted in `unit` (B,) counts."""
+    read = rule(x / unit[:, None, None])
+    targets = read.targets
+    return dataclasses.replace(
+        read, targets=dataclasses.replace(targets, intensity=targets.intensity * unit[:, None])
+    )
+
+
+class _Model(NamedTuple):
+    """A network with its parameters and the optics of whole frames."""
+
+    network: DSCSNet
+    params: Any
+    operator: SensingOperator
+
+
+def _large_map(
+    model: _Model, frame: np.ndarray, noise: np.ndarray, scale: np.ndarray
+) -> np.ndarray:
+    """Map of one frame that is larger than a tile; all tiles are scaled as the frame is."""
+    division, sigma = model.operator.division, model.operator.sigma
+
+    def make_map(tiles: np.ndarray) -> np.ndarray:
+        local = _operator(tiles.shape[1:], division=division, sigma=sigma)
+        parts = []
+        for batch in _batches(tiles, _TILE_BATCH):
+            levels = [np.full(len(batch), value, np.float32) for value in (noise, scale)]
+            parts.append(_make_map(model.params, batch, *levels, local, model.network))
+        return _join(parts, len(tiles))
+
+    return tiled_map(make_map, frame, division=division)
+
+
+def _batches(y: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches of one shape; the last is padded with zeros, no frame is left out."""
+    size = min(batch_size, max(len(y), 1))
+    missing = -len(y) % size if len(y) else size
+    padded = np.concatenate([y, np.zeros((missing, *y.shape[1:]), y.dtype)])
+    return np.split(padded, len(padded) // size)
+
+
+def _join(parts: Any, length: int) -> Any:
+    """Put the batches' answers together as NumPy arrays, without the padding."""
+    return jax.tree.map(lambda *a: np.concatenate([np.asarray(v) for v in a])[:length], *parts)
+
+
+def _separation(weights: Weights) -> float:
+    """Least distance of two read-out peaks, pixels: that of the targets in training.
+
+    A fifth is left for the error of the two centroids.
+    """
+    return 0.8 * float(weights.metadata.training.get("separation", 0.5))
+
+
+def _capacity(weights: Weights) -> float | None:
+    """Energy of a typical target, counts: the middle of the trained range, if narrow."""
+    low, high = weights.metadata.training.get("intensity", (0.0, 1.0))
+    return (low + high) / 2 if low > high / 2 else None
+
+
+def _fill_invalid(y: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Replace NaN and Inf pixels by the mean of the valid pixels around them, or 0."""
+    if valid.all():
+        return y
+    size = (1, 3, 3)
+    total = ndimage.uniform_filter(np.where(valid, y, 0), size, mode="constant")
+    share = ndimage.uniform_filter(valid.astype(y.dtype), size, mode="constant")
+    return np.where(valid, y, total / np.maximum(share, 1 / 18))

@@ -1,0 +1,281 @@
+"""Unmix: frames in, targets out: the main job.
+
+frames -> noise and background -> network -> map -> read-out -> fit, count, posterior -> targets
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dscsnet_jax.estimation.answer import Unmixed, grid_answer, solved_answer
+from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
+from dscsnet_jax.estimation.network_map import check_width, read_maps
+from dscsnet_jax.estimation.observe import Observation, observe
+from dscsnet_jax.estimation.offgrid import ESTIMATES, fit_width, solve
+from dscsnet_jax.estimation.prior import ScenePrior, preset_prior
+from dscsnet_jax.io.frames import as_frames
+from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
+from dscsnet_jax.physics.scene import Preset, presets
+from dscsnet_jax.physics.targets import Targets, no_targets
+
+METHODS = ("dscsnet", "grid", "greedy")
+READOUTS = ("peaks", "cells")
+DEFAULT_WEIGHTS = "varied_c3"
+
+
+@functools.lru_cache(maxsize=8)
+def pretrained(name: str = DEFAULT_WEIGHTS) -> Weights:
+    """Weights shipped in the package, by name.
+
+    `varied_c3` serves any noise, offset and brightness and PSF widths of 0.45 .. 0.55
+    pixels; `csist_c3` was trained for the frames of the preset `csist` alone.
+
+    Raises:
+      FileNotFoundError: if there are none of that name; lists those there are.
+    """
+    return load_weights(packaged_weights(name))
+
+
+def known_of(preset: Preset) -> dict[str, Any]:
+    """Arguments of `unmix` that tell all there is to know of a preset's scenes and sensor.
+
+    Raises:
+      ValueError: if the preset's conditions differ from frame to frame.
+
+    Example:
+      >>> known_of(presets()["csist_noise"])["background"]
+      10.0
+    """
+    if preset.variation is not None:
+        raise ValueError(f"every frame of {preset.name} has a sensor of its own")
+    sensor = preset.sensor
+    return {
+        "sigma": preset.sigma,
+        "noise": float(sensor.read_noise),
+        "background": float(sensor.offset),
+        "saturation": float(sensor.saturation),
+        "gain": None if sensor.electrons_per_count is None else float(sensor.electrons_per_count),
+        "prior": preset_prior(preset),
+    }
+
+
+def bayes_reference(
+    frames: Any, truth: Targets, known: dict[str, Any], *, seed: int = 0
+) -> Unmixed:
+    """Posterior mean of frames whose scene is known: what estimates can hope for.
+
+    The chains start at the true targets and keep their number. Where a posterior has
+    several separate modes they may stay in the true one, and are then better than any
+    estimator could be.
+
+    Args:
+      frames: (B, N, M) frames, counts.
+      truth: their targets.
+      known: what is known of scene and sensor, as `known_of` tells.
+      seed: of the posterior's random numbers.
+
+    Returns:
+      `Unmixed`.
+    """
+    y = np.asarray(frames, np.float32)
+    width = np.broadcast_to(known["sigma"], 2)
+    sensor = (known[name] for name in ("noise", "background", "saturation", "gain"))
+    solved = solve(
+        _observed(y, width, *sensor),
+        truth,
+        known["prior"],
+        max_targets=np.asarray(truth.mask).shape[1],
+        fixed_count=True,
+        from_start=True,
+        seed=seed,
+    )
+    none = np.zeros(len(y), bool)
+    return solved_answer(solved, known["prior"], none, none, None)
+
+
+def unmix(
+    frames: Any,
+    *,
+    method: str = "dscsnet",
+    estimate: str = "mean",
+    prior: ScenePrior | None = None,
+    weights: Weights | str | Path | None = None,
+    sigma: float | tuple[float, float] | None = None,
+    fit_psf: bool = False,
+    noise: float | None = None,
+    background: float | None = None,
+    saturation: float | None = None,
+    gain: float | None = None,
+    readout: str = "peaks",
+    threshold: float | None = None,
+    max_targets: int | None = None,
+    mask_invalid: bool = False,
+    batch_size: int = 256,
+    seed: int = 0,
+    return_maps: bool = False,
+) -> Unmixed:
+    """Tell the targets of frames apart.
+
+    Frames may have any size: the network's map of those larger than a tile is made in
+    overlapping tiles, and targets are fitted in windows. One frame never changes another
+    frame's answer (but for `fit_psf`, which is shared).
+
+    Args:
+      frames: (N, M), (B, N, M) or (B, N, M, 1) array of counts, any real dtype.
+      method: `dscsnet`: the network's read-out, refined off the grid, its count checked;
+        `greedy`: no network, one target at a time at the residual's peak, refined alike;
+        `grid`: the network's map alone, read out.
+      estimate: `mean`: posterior mean; `map`: the fit. Not for `grid`.
+      prior: what is known of the scene (`estimation.prior`); None: nothing.
+      weights: `Weights`, a file of them, the name of packaged ones, or None: the default.
+      sigma: PSF standard deviation, pixels; None: that of the weights.
+      fit_psf: fit one common factor to the PSF's width, from all frames together.
+      noise: standard deviation of a pixel's read noise, counts; None: estimated from each
+        frame. Rounding is added where frames hold whole counts.
+      background: counts under every pixel; None: estimated from each frame.
+      saturation: full well, counts, at which pixels tell only a lower limit; None: that
+        of the type for frames of 8 or 16 bit, or of the sensor the weights were trained
+        for where it is known.
+      gain: electrons per count of the shot noise; None: none.
+      readout: of the map: `peaks` (sub-cell centroids, one target a peak) or, for `grid`
+        only, `cells` (reference rule of the benchmark: each cell above the threshold).
+      threshold: least energy of a target read out, counts; None: by prior and noise, or
+        50 counts for `cells`.
+      max_targets: slots per frame, `K`; None: 16, or one per 8 pixels if that is more.
+      mask_invalid: leave NaN and Inf pixels out and flag the frame, instead of an error.
+      batch_size: frames at once in the network.
+      seed: of the posterior's random numbers.
+      return_maps: keep the maps; None is returned for `greedy`.
+
+    Returns:
+      `Unmixed`.
+
+    Raises:
+      ValueError: for frames that are not images of real, finite counts; weights trained
+        for another PSF; an unknown method, estimate or read-out.
+
+    Example:
+      >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.targets import from_lists
+      >>> truth = from_lists([[(5.0, 4.7, 240.0), (5.1, 5.5, 200.0)]])
+      >>> answer = unmix(render(truth, frame_size=11, sigma=0.5), noise=0.1, estimate="map")
+      >>> answer.targets.count.tolist(), answer.status()[0, :2].tolist()
+      ([2], ['ok', 'ok'])
+      >>> [round(float(x), 2) for x in answer.targets.position[0, 1]]
+      [5.1, 5.5]
+    """
+    _check_choices(method, estimate, readout, batch_size)
+    y = as_frames(frames, mask_invalid=mask_invalid)
+    named = weights is not None
+    if not isinstance(weights, Weights):
+        weights = _load(weights)
+    if saturation is None:
+        saturation = _full_well(y.dtype, weights if named else None)
+    with np.errstate(over="ignore"):  # counts beyond float32 become infinite, and so invalid
+        y = as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
+    slots = max(16, y.shape[1] * y.shape[2] // 8) if max_targets is None else max_targets
+    if slots < 1:
+        raise ValueError(f"max_targets must be at least 1, got {max_targets}")
+    width = np.broadcast_to(weights.metadata.geometry.sigma if sigma is None else sigma, 2)
+    prior = ScenePrior() if prior is None else prior
+    observation = _observed(y, width, noise, background, saturation, gain)
+    maps, found, over = None, no_targets(len(y), slots), np.zeros(len(y), bool)
+    if method != "greedy":
+        check_width(weights, width)
+        maps, found, over = read_maps(
+            observation,
+            weights,
+            prior,
+            readout=readout,
+            threshold=threshold,
+            max_targets=slots,
+            batch_size=batch_size,
+        )
+    maps = maps if return_maps else None
+    invalid = ~observation.valid.all((1, 2))
+    if method == "grid":
+        return grid_answer(observation, found, over, invalid, maps)
+    if fit_psf:
+        observation, found = fit_width(observation, found, prior, greedy=method == "greedy")
+    solved = solve(
+        observation,
+        found,
+        prior,
+        max_targets=slots,
+        estimate=estimate,
+        estimate_noise=noise is None,
+        greedy=method == "greedy",
+        seed=seed,
+    )
+    return solved_answer(solved, prior, over, invalid, maps)
+
+
+def _check_choices(method: str, estimate: str, readout: str, batch_size: int) -> None:
+    choices = (
+        ("method", method, METHODS),
+        ("estimate", estimate, ESTIMATES),
+        ("read-out", readout, READOUTS),
+    )
+    for name, value, known in choices:
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+    if readout == "cells" and method != "grid":
+        raise ValueError("the read-out 'cells' goes with the method 'grid' only")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _load(weights: str | Path | None) -> Weights:
+    """Weights of a file, or packaged ones by name."""
+    if weights is None:
+        return pretrained()
+    name = str(weights)
+    return load_weights(weights) if "." in name or "/" in name else pretrained(name)
+
+
+def _full_well(dtype: np.dtype, weights: Weights | None) -> float:
+    """Full well of the frames' type, or of the sensor that given weights were trained for."""
+    if dtype in (np.uint8, np.uint16):
+        return float(np.iinfo(dtype).max)
+    trained = "" if weights is None else weights.metadata.training.get("preset", "")
+    preset = presets().get(trained)
+    if preset is None or preset.variation is not None:
+        return float("inf")
+    return float(preset.sensor.saturation)
+
+
+def _observed(
+    y: np.ndarray,
+    width: np.ndarray,
+    noise: float | None,
+    background: float | None,
+    saturation: float,
+    gain: float | None,
+) -> Observation:
+    """The frames with their sensor, block by block."""
+    known = {"noise": noise, "background": background, "gain": gain}
+    for name, value in known.items():
+        least = -np.inf if name == "background" else 0
+        if value is not None and not (least <= value < np.inf and value != -np.inf):
+            raise ValueError(f"{name} must be finite counts, at least {least}, got {value!r}")
+    if not saturation > 0:
+        raise ValueError(f"saturation must be positive, got {saturation!r}")
+    settings = {name: value for name, value in known.items() if value is not None}
+
+    def see(frames: np.ndarray, width: np.ndarray, saturation: np.ndarray) -> Observation:
+        return _observe(frames, width, saturation, settings)
+
+    size = frames_per_block(y.shape[1:])
+    return in_blocks(see, y, width.astype(np.float32), np.float32(saturation), size=size)
+
+
+@jax.jit
+def _observe(
+    frames: jax.Array, width: jax.Array, saturation: jax.Array, settings: dict[str, float]
+) -> Observation:
+    return observe(frames, sigma=width, saturation=saturation, **settings)

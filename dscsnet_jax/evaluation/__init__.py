@@ -1,0 +1,1 @@
+"""Evaluation: how well estimated targets agree with the truth, whoever made them."""

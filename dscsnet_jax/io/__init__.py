@@ -1,0 +1,1 @@
+"""Io: frames in, target tables out, the published data layout, released weights."""

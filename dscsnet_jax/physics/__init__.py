@@ -1,0 +1,1 @@
+"""Physics: where targets are, how the optics blur them, what the sensor records."""

@@ -1,0 +1,383 @@
+"""Scene: random clusters of point targets per preset, and the frames a sensor records.
+
+The protocol is written from the published facts of the CSIST benchmark: one cluster
+a frame, one to five targets within one pixel, no two closer than half a pixel. The
+frames are ours, simulated on the fly; they are not the published CSIST-100K set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from dscsnet_jax.physics import optics
+from dscsnet_jax.physics.sensor import Sensor, digital, expose, variance
+from dscsnet_jax.physics.targets import Targets
+
+SPLITS = {"train": 0, "val": 1, "test": 2}
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterModel:
+    """Distribution of one cluster of targets.
+
+    Attributes:
+      count_mean, count_std: the count is `round(Normal(mean, std))`, clipped to
+        1 .. `max_targets`.
+      max_targets: most targets in a cluster, and the slots of the padding.
+      margin: the cluster's pixel is uniform over `margin .. N-1-margin` in both axes.
+      extent: positions are uniform in `[r0 + extent[0], r0 + extent[1])`, pixels.
+      separation: least distance between two targets, pixels.
+      intensity: range of the uniform intensity, counts.
+    """
+
+    count_mean: float = 3.0
+    count_std: float = 1.0
+    max_targets: int = 5
+    margin: int = 2
+    extent: tuple[float, float] = (-0.4, 0.6)
+    separation: float = 0.5
+    intensity: tuple[float, float] = (220.0, 250.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variation:
+    """Ranges from which every frame draws conditions of its own, uniformly.
+
+    For weights that shall serve sensors nobody knows in advance.
+
+    Attributes:
+      sigma: PSF standard deviation, pixels.
+      read_noise: standard deviation, counts; what is drawn below 0 is no noise.
+      offset: background, counts.
+      least_intensity: lower end of the frame's range of intensities, counts; the upper
+        end is the cluster's.
+      digital: share of frames recorded with 8 bit; the others are not rounded nor cut.
+      empty: share of frames without any target.
+      offset_error: error of the offset that users know, in standard deviations of a pixel.
+      noise_error: relative error of the noise that users know.
+    """
+
+    sigma: tuple[float, float] = (0.45, 0.55)
+    read_noise: tuple[float, float] = (-1.0, 10.0)
+    offset: tuple[float, float] = (0.0, 20.0)
+    least_intensity: tuple[float, float] = (50.0, 220.0)
+    digital: float = 0.5
+    empty: float = 0.05
+    offset_error: float = 0.13
+    noise_error: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A whole recipe for frames: targets, optics, sensor and the grid of the truth.
+
+    Attributes:
+      name: what users call it.
+      cluster: distribution of the targets.
+      sensor: what the detector does.
+      frame_size: detector pixels per side, `N`.
+      division: cells per pixel side of the grid truth, `c`.
+      sigma: PSF standard deviation, pixels; a number or (sigma_row, sigma_col).
+      variation: conditions that differ from frame to frame; None: all as above.
+    """
+
+    name: str
+    cluster: ClusterModel = ClusterModel()
+    sensor: Sensor = dataclasses.field(default_factory=lambda: digital(8))
+    frame_size: int = 11
+    division: int = 3
+    sigma: float | tuple[float, float] = 0.5
+    variation: Variation | None = None
+
+
+class Scene(NamedTuple):
+    """Simulated frames and their truth.
+
+    Attributes:
+      targets: the truth, `Targets` of (B, K, ...).
+      frames: (B, N, N) recorded counts.
+      offset: (B,) background as a user would know it, counts.
+      noise: (B,) standard deviation of a pixel as a user would know it, read noise and
+        quantisation, counts.
+    """
+
+    targets: Targets
+    frames: jax.Array
+    offset: jax.Array
+    noise: jax.Array
+
+
+def presets() -> dict[str, Preset]:
+    """All presets by name, at c = 3 and N = 11.
+
+    Example:
+      >>> sorted(presets())
+      ['csist', 'csist_float', 'csist_noise', 'csist_varied', 'csist_wide']
+    """
+    wide = ClusterModel(intensity=(50.0, 250.0))
+    recipes = (
+        Preset("csist"),
+        Preset("csist_float", sensor=Sensor()),
+        Preset("csist_noise", sensor=digital(8, offset=10.0, read_noise=5.0)),
+        Preset("csist_wide", cluster=wide),
+        Preset("csist_varied", cluster=wide, variation=Variation()),
+    )
+    return {p.name: p for p in recipes}
+
+
+def get_preset(name: str, **changes: Any) -> Preset:
+    """A preset by name, with changes to it.
+
+    Args:
+      name: one of `presets()`.
+      **changes: fields of `Preset` (`division`, `frame_size`, `sigma`, ...), of its
+        `ClusterModel` (`intensity`, ...) or of its `Sensor` (`read_noise`, ...). A whole
+        `cluster` or `sensor` is put in first, then changes to its fields.
+
+    Returns:
+      The changed `Preset`.
+
+    Raises:
+      ValueError: if the name or a field is unknown, the frame too small for the cluster's
+        margin, the range of intensities wrong, or a change would have no effect because
+        the preset's variation draws that quantity for every frame.
+
+    Example:
+      >>> get_preset("csist_float", division=5, read_noise=1.0).sensor.read_noise
+      1.0
+    """
+    known = presets()
+    if name not in known:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(sorted(known))}")
+    preset, given = known[name], set(changes)
+    parts: dict[str, Any] = {p: changes.pop(p, getattr(preset, p)) for p in ("cluster", "sensor")}
+    parts["preset"] = preset
+    for field, value in changes.items():
+        part = next((p for p, v in parts.items() if field in _field_names(v)), None)
+        if part is None or field == "name":
+            raise ValueError(f"preset {name!r} has no field {field!r} to change")
+        parts[part] = dataclasses.replace(parts[part], **{field: value})
+    changed = dataclasses.replace(parts["preset"], cluster=parts["cluster"], sensor=parts["sensor"])
+    if changed.frame_size <= 2 * changed.cluster.margin:
+        raise ValueError(
+            f"frame_size {changed.frame_size} leaves no room inside a margin of "
+            f"{changed.cluster.margin} pixels on each side"
+        )
+    low, high = changed.cluster.intensity
+    if not 0 <= low <= high < float("inf"):
+        raise ValueError(f"intensity: expected 0 <= low <= high < inf, got {low} .. {high}")
+    if changed.variation is not None:
+        _check_variation(changed, changed.variation, given, preset.cluster.intensity[0])
+    return changed
+
+
+def frame_keys(seed: int, split: str, index: ArrayLike) -> jax.Array:
+    """PRNG keys of the frames of a split.
+
+    Every frame has its own key, so frames do not depend on how they are batched or
+    spread over devices, and the splits of one seed never share a key.
+
+    Args:
+      seed: the data set's seed.
+      split: `train`, `val` or `test`.
+      index: (B,) numbers of the frames within the split.
+
+    Returns:
+      (B,) PRNG keys.
+
+    Raises:
+      ValueError: if the split is unknown.
+
+    Example:
+      >>> frame_keys(0, "test", jnp.arange(4)).shape
+      (4,)
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    base = jax.random.fold_in(jax.random.key(seed), SPLITS[split])
+    return jax.vmap(jax.random.fold_in, (None, 0))(base, jnp.asarray(index))
+
+
+def sample_targets(cluster: ClusterModel, frame_size: int, key: jax.Array) -> Targets:
+    """Draw the targets of one frame (use `jax.vmap` for more).
+
+    Args:
+      cluster: distribution of the targets.
+      frame_size: detector pixels per side, `N`.
+      key: PRNG key of the frame.
+
+    Returns:
+      Unbatched `Targets` with `cluster.max_targets` slots.
+
+    Example:
+      >>> t = sample_targets(ClusterModel(), 11, jax.random.key(0))
+      >>> t.position.shape
+      (5, 2)
+    """
+    place_key, count_key, pixel_key, intensity_key = jax.random.split(key, 4)
+    slots = cluster.max_targets
+    drawn = jnp.round(cluster.count_mean + cluster.count_std * jax.random.normal(count_key))
+    wanted = jnp.clip(drawn, 1, slots).astype(jnp.int32)
+    last = frame_size - 1 - cluster.margin
+    pixel = jax.random.randint(pixel_key, (2,), cluster.margin, last + 1)
+    offset, possible = _place(place_key, slots, cluster.separation, *cluster.extent)
+    mask = (jnp.arange(slots) < wanted) & possible
+    intensity = jax.random.uniform(
+        intensity_key, (slots,), minval=cluster.intensity[0], maxval=cluster.intensity[1]
+    )
+    return Targets(
+        position=jnp.where(mask[:, None], pixel[None] + offset, 0),
+        intensity=jnp.where(mask, intensity, 0),
+        mask=mask,
+    )
+
+
+def simulate(preset: Preset, keys: jax.Array) -> Scene:
+    """Simulate frames: scene -> optics -> sensor, vectorised over frames.
+
+    Args:
+      preset: the recipe.
+      keys: (B,) PRNG keys, one per frame (see `frame_keys`).
+
+    Returns:
+      A `Scene` of B frames.
+
+    Example:
+      >>> scene = simulate(get_preset("csist"), frame_keys(0, "train", jnp.arange(2)))
+      >>> scene.frames.shape, float(scene.frames.max()) <= 255.0
+      ((2, 11, 11), True)
+    """
+
+    def one(key: jax.Array) -> Scene:
+        target_key, sensor_key = jax.random.split(key)
+        targets = sample_targets(preset.cluster, preset.frame_size, target_key)
+        if preset.variation is not None:
+            return _varied(preset, preset.variation, targets, sensor_key)
+        expected = optics.render(targets, frame_size=preset.frame_size, sigma=preset.sigma)
+        frame = expose(preset.sensor, sensor_key, expected)
+        noise = jnp.sqrt(variance(preset.sensor, jnp.zeros(())))
+        return Scene(targets, frame, jnp.asarray(preset.sensor.offset, noise.dtype), noise)
+
+    return jax.vmap(one)(keys)
+
+
+def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array) -> Scene:
+    """Record one frame under conditions of its own."""
+    condition_key, error_key, sensor_key = jax.random.split(key, 3)
+    share = jax.random.uniform(condition_key, (6,))
+
+    def between(index: int, low_high: tuple[float, float]) -> jax.Array:
+        return low_high[0] + (low_high[1] - low_high[0]) * share[index]
+
+    low, high = preset.cluster.intensity
+    least = between(0, varied.least_intensity)
+    intensity = least + (targets.intensity - low) * (high - least) / (high - low)
+    mask = targets.mask & (share[1] >= varied.empty)
+    targets = Targets(
+        jnp.where(mask[:, None], targets.position, 0), jnp.where(mask, intensity, 0), mask
+    )
+    plain = Sensor(
+        offset=between(2, varied.offset), read_noise=jnp.maximum(between(3, varied.read_noise), 0)
+    )
+    expected = optics.render(targets, frame_size=preset.frame_size, sigma=between(4, varied.sigma))
+    eight_bit = dataclasses.replace(plain, saturation=255.0, quantised=True)
+    is_digital = share[5] < varied.digital
+    frame = jnp.where(
+        is_digital, expose(eight_bit, sensor_key, expected), expose(plain, sensor_key, expected)
+    )
+    none = jnp.zeros(())
+    noise = jnp.sqrt(jnp.where(is_digital, variance(eight_bit, none), variance(plain, none)))
+    error = jax.random.normal(error_key, (2,))
+    return Scene(
+        targets,
+        frame,
+        plain.offset + varied.offset_error * noise * error[0],
+        noise * jnp.exp(varied.noise_error * error[1]),
+    )
+
+
+def _check_variation(preset: Preset, varied: Variation, given: set[str], own_low: float) -> None:
+    """Refuse changes that the variation would silently overrule."""
+    overruled = given & {"sensor", *_field_names(preset.sensor)}
+    low, high = preset.cluster.intensity
+    if "variation" not in given:
+        # With a variation of one's own, sigma is what the operator is built for.
+        overruled |= given & {"sigma"}
+        overruled |= {"intensity's lower end"} if low != own_low else set()
+    if overruled:
+        raise ValueError(
+            f"preset {preset.name!r} draws the conditions of every frame by itself: "
+            f"{', '.join(sorted(overruled))} cannot be set"
+        )
+    if not max(low, varied.least_intensity[1]) <= high or low == high:
+        raise ValueError(
+            f"preset {preset.name!r} draws the lower end of the intensities from "
+            f"{varied.least_intensity[0]} .. {varied.least_intensity[1]}; the upper end must lie "
+            f"above, got {high}"
+        )
+
+
+def _field_names(instance: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(instance)}
+
+
+def _place(
+    key: jax.Array, slots: int, separation: float, low: float, high: float
+) -> tuple[jax.Array, jax.Array]:
+    """Places of up to `slots` targets, one after the other, each uniform over what is free.
+
+    Drawing until a draw keeps its distance is uniform over the free area. We reach the
+    same distribution without a loop of unknown length: a lattice of `_ROWS` x 32
+    points, shifted at random for each target, covers the square evenly, and one of its
+    free points is chosen at random. Once no point is free the other targets are dropped.
+
+    Returns (slots, 2) places and (slots,) whether each could be placed.
+    """
+    uniform = jax.random.uniform(key, (slots, 4))
+    radius = separation / (high - low)
+    placed, possible = [uniform[0, :2]], [jnp.array(True)]
+    for slot in range(1, slots):
+        row = (jnp.arange(_ROWS) + uniform[slot, 0]) / _ROWS
+        shift = uniform[slot, 1]
+        free = ~_covered(row, shift, jnp.stack(placed), radius)
+        last = _running_sum(jax.lax.population_count(free))
+        chosen_row = (last <= jnp.floor(uniform[slot, 2] * last[-1])).sum()
+        bits = jnp.where(jnp.arange(_ROWS) == chosen_row, free, 0).sum(dtype=jnp.uint32)
+        last_bit = _running_sum((bits >> jnp.arange(32, dtype=jnp.uint32)) & 1)
+        chosen_col = (last_bit <= jnp.floor(uniform[slot, 3] * last_bit[-1])).sum()
+        placed.append(
+            jnp.stack([(chosen_row + uniform[slot, 0]) / _ROWS, (chosen_col + shift) / 32])
+        )
+        possible.append(possible[-1] & (last[-1] > 0))
+    return low + (high - low) * jnp.stack(placed), jnp.stack(possible)
+
+
+def _covered(row: jax.Array, shift: jax.Array, centres: jax.Array, radius: float) -> jax.Array:
+    """Which of 32 lattice points a row lie within `radius` of a centre, one bit a point.
+
+    The points of a row of height `row` have columns `(b + shift) / 32`, b = 0..31.
+    Returns (rows,) uint32.
+    """
+    reach2 = radius**2 - (row[:, None] - centres[None, :, 0]) ** 2
+    reach = jnp.sqrt(jnp.maximum(reach2, 0))
+    first = jnp.ceil(32 * (centres[None, :, 1] - reach) - shift).clip(0, 32)
+    last = jnp.floor(32 * (centres[None, :, 1] + reach) - shift).clip(-1, 31)
+    inside = (reach2 > 0) & (first <= last)
+    ones = jnp.uint32(0xFFFFFFFF)
+    above = ones << jnp.minimum(first, 31).astype(jnp.uint32)
+    below = ones >> (31 - jnp.maximum(last, 0)).astype(jnp.uint32)
+    bits = jnp.where(inside, above & below, 0)
+    return jax.lax.reduce(bits, np.uint32(0), jax.lax.bitwise_or, (1,))
+
+
+def _running_sum(values: jax.Array) -> jax.Array:
+    """Cumulative sum of a short vector of small counts, as one product with a triangle."""
+    triangle = np.tri(len(values), dtype=np.float32)
+    return jnp.dot(triangle, values.astype(jnp.float32), precision="highest")

@@ -1,0 +1,115 @@
+"""Sensor: from expected to recorded counts: noise, offset, saturation, quantisation."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+_QUANTISATION_VARIANCE = 1 / 12
+
+
+@flax.struct.dataclass
+class Sensor:
+    """What the detector does to the expected counts, in the order of the fields.
+
+    Attributes:
+      electrons_per_count: gain of the Poisson (shot) noise; None: no shot noise.
+      offset: mean of the background added to every pixel, counts.
+      read_noise: standard deviation of additive Gaussian noise, counts.
+      saturation: largest value a pixel can hold (full well), counts; inf: none.
+      quantised: round to whole counts.
+    """
+
+    electrons_per_count: float | jax.Array | None = None
+    offset: float | jax.Array = 0.0
+    read_noise: float | jax.Array = 0.0
+    saturation: float | jax.Array = float("inf")
+    quantised: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def digital(bits: int, **fields: object) -> Sensor:
+    """A sensor that stores whole counts of `bits` bits, saturating at `2^bits - 1`.
+
+    Raises:
+      ValueError: if `bits` is not in 1..32.
+
+    Example:
+      >>> digital(8).saturation
+      255.0
+    """
+    if not 1 <= bits <= 32:
+        raise ValueError(f"bits must lie in 1..32, got {bits}")
+    return Sensor(saturation=2.0**bits - 1, quantised=True, **fields)  # type: ignore[arg-type]
+
+
+def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
+    """Record a frame: `clip(round(P(expected) + offset + read_noise * n), 0, saturation)`.
+
+    Rounding and the lower clip at 0 apply to quantised sensors only; the upper clip
+    wherever `saturation` is finite.
+
+    Args:
+      sensor: the `Sensor`.
+      key: PRNG key of this frame (or batch).
+      expected: (..., N, M) expected counts of the targets, non-negative.
+
+    Returns:
+      (..., N, M) recorded counts, same dtype.
+
+    Raises:
+      TypeError: if the expected counts are not floating point.
+
+    Example:
+      >>> expose(digital(8), jax.random.key(0), jnp.array([0.4, 1.6, 300.0])).tolist()
+      [0.0, 2.0, 255.0]
+    """
+    shot_key, read_key = jax.random.split(key)
+    y = jnp.asarray(expected)
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(f"expected counts must be floating point, got {y.dtype}")
+    if sensor.electrons_per_count is not None:
+        gain = jnp.asarray(sensor.electrons_per_count, y.dtype)
+        y = jax.random.poisson(shot_key, y * gain).astype(y.dtype) / gain
+    y = y + jnp.asarray(sensor.offset, y.dtype)
+    if not _is_zero(sensor.read_noise):
+        noise = jax.random.normal(read_key, y.shape, y.dtype)
+        y = y + jnp.asarray(sensor.read_noise, y.dtype) * noise
+    if sensor.quantised:
+        y = jnp.maximum(jnp.round(y), 0)
+    return jnp.minimum(y, jnp.asarray(sensor.saturation, y.dtype))
+
+
+def variance(sensor: Sensor, expected: jax.Array) -> jax.Array:
+    """Variance of a recorded, unsaturated pixel: read + shot + quantisation (1/12).
+
+    Args:
+      sensor: the `Sensor`.
+      expected: (..., N, M) expected counts of the targets.
+
+    Returns:
+      (..., N, M) counts squared.
+
+    Example:
+      >>> round(float(variance(digital(8, read_noise=2.0), jnp.array(9.0))), 3)
+      4.083
+    """
+    total = jnp.asarray(sensor.read_noise, expected.dtype) ** 2 + jnp.zeros_like(expected)
+    if sensor.electrons_per_count is not None:
+        total = total + expected / jnp.asarray(sensor.electrons_per_count, expected.dtype)
+    return total + _QUANTISATION_VARIANCE if sensor.quantised else total
+
+
+def is_saturated(sensor: Sensor, y: jax.Array) -> jax.Array:
+    """(..., N, M) bool: recorded pixels at the sensor's full well.
+
+    Example:
+      >>> is_saturated(digital(8), jnp.array([254.0, 255.0])).tolist()
+      [False, True]
+    """
+    return y >= jnp.asarray(sensor.saturation, y.dtype)
+
+
+def _is_zero(value: float | jax.Array) -> bool:
+    """True only for a Python zero: skips drawing noise nobody asked for."""
+    return isinstance(value, int | float) and value == 0

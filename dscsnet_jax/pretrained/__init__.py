@@ -1,0 +1,1 @@
+"""Pretrained: released weights, each a `NAME.safetensors` and its `NAME.json`."""

@@ -1,0 +1,1 @@
+"""Unfolding: ADMM as pure steps composed by one scan, and the networks made of them."""

@@ -1,0 +1,97 @@
+"""Scores of the methods off the grid, beside the Bayes reference, on test frames of a preset.
+
+    python experiments/benchmarks/offgrid_score.py --preset csist
+    python experiments/benchmarks/offgrid_score.py --preset csist_float --read-noise 2
+
+prints, per method and estimate: CSO-mAP, frames with the right count, share of position
+errors within one and two reported standard deviations, median position error of frames
+with two targets, and frames per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dscsnet_jax.cli.simulate import simulated
+from dscsnet_jax.estimation.unmix import Unmixed, bayes_reference, known_of, unmix
+from dscsnet_jax.evaluation.matching import matched
+from dscsnet_jax.evaluation.report import evaluate
+from dscsnet_jax.physics.scene import get_preset
+from dscsnet_jax.physics.targets import Targets
+
+SEED = 0
+
+
+def main() -> None:
+    """Simulate, unmix with each method, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="csist")
+    parser.add_argument("--read-noise", type=float)
+    parser.add_argument("--num", type=int, default=10_000)
+    parser.add_argument("--methods", nargs="+", default=["dscsnet", "grid", "greedy"])
+    parser.add_argument("--estimates", nargs="+", default=["map", "mean"])
+    parser.add_argument("--no-reference", action="store_true")
+    args = parser.parse_args()
+    changes = {} if args.read_noise is None else {"read_noise": args.read_noise}
+    preset = get_preset(args.preset, **changes)
+    scene = simulated(preset, seed=SEED, split="test", num=args.num)
+    truth, frames = scene.targets, np.asarray(scene.frames)
+    print(f"{preset.name} {changes or ''}: {args.num} test frames, {jax.devices()[0].device_kind}")
+    head = ("method", "mAP", "AP05", "AP25", "count %", "in 1s %", "in 2s %", "median2 px", "fps")
+    print(f"{head[0]:<20}" + "".join(f"{name:>12}" for name in head[1:]))
+    for method in args.methods:
+        for estimate in ["map"] if method == "grid" else args.estimates:
+            known: dict[str, Any] = {"method": method, "estimate": estimate} | known_of(preset)
+            unmix(frames[:256], **known)  # compiles
+            start = time.perf_counter()
+            answer = unmix(frames, **known)
+            show(f"{method} {estimate}", answer, truth, time.perf_counter() - start)
+    if not args.no_reference:
+        start = time.perf_counter()
+        show(
+            "Bayes reference",
+            bayes_reference(frames, truth, known_of(preset)),
+            truth,
+            time.perf_counter() - start,
+        )
+
+
+def show(name: str, answer: Unmixed, truth: Targets, seconds: float) -> None:
+    """One row of the table."""
+    scores = evaluate(answer.targets, truth)
+    within = coverage(answer, truth)
+    two = np.flatnonzero(np.asarray(truth.count) == 2)
+    of_two = [jax.tree.map(lambda a: np.asarray(a)[two], t) for t in (answer.targets, truth)]
+    median = evaluate(*of_two).matches.position_median if len(two) else np.nan
+    values = scores.cso.as_dict()
+    cells = (
+        f"{values['mAP']:12.2f}",
+        f"{values['AP05']:12.2f}",
+        f"{values['AP25']:12.2f}",
+        f"{100 * scores.count_accuracy:12.2f}",
+        f"{within[0]:12.1f}",
+        f"{within[1]:12.1f}",
+        f"{median:12.4f}",
+        f"{len(truth.count) / seconds:12.0f}",
+    )
+    print(f"{name:<20}" + "".join(cells), flush=True)
+
+
+def coverage(answer: Unmixed, truth: Targets) -> tuple[float, float]:
+    """Percent of row and col errors of matched targets within 1 and 2 reported sigmas."""
+    pairs = matched(answer.targets, truth, np.inf)
+    error = np.abs(
+        np.asarray(answer.targets.position)[pairs.frame, pairs.detection]
+        - np.asarray(truth.position)[pairs.frame, pairs.truth]
+    )
+    ratio = error / answer.std[pairs.frame, pairs.detection, :2]
+    return 100 * float((ratio <= 1).mean()), 100 * float((ratio <= 2).mean())
+
+
+if __name__ == "__main__":
+    main()
