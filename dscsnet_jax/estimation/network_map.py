@@ -18,7 +18,7 @@ from dscsnet_jax.estimation.tiling import TILE, tiled_map
 from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.targets import Targets
-from dscsnet_jax.unfolding.network import DSCSNet, NetworkConfig
+from dscsnet_jax.unfolding.registry import Network, make_network
 
 _TILE_BATCH = 4
 _PEAK_SHARE, _PEAK_NOISE = 0.15, 6.0  # least energy of a peak: of the scale, in noise
@@ -27,9 +27,9 @@ _PRIOR_SHARE = 0.4  # least energy of a peak, of the prior's least intensity
 _operator = jax.jit(sensing_operator, static_argnames=("frame_size", "division"))
 
 
-def network_of(weights: Weights) -> DSCSNet:
+def network_of(weights: Weights) -> Network:
     """The network that a set of weights belongs to."""
-    return DSCSNet(NetworkConfig(**weights.metadata.config))
+    return make_network(weights.metadata.method, **weights.metadata.config)
 
 
 def check_width(weights: Weights, width: np.ndarray) -> None:
@@ -76,7 +76,7 @@ def read_maps(
         low, high = (float(v) for v in prior.intensity)
         capacity = (low + high) / 2 if low > high / 2 else None
         least = _PRIOR_SHARE * low if threshold is None and low > 0 else threshold
-    elif network.config.normalise == "fixed":
+    elif getattr(network.config, "normalise", "fixed") == "fixed":
         capacity = _capacity(weights)
         least = REFERENCE_THRESHOLD if threshold is None else threshold
     if readout == "cells":
@@ -112,7 +112,7 @@ def _make_map(
     noise: jax.Array,
     scale: jax.Array,
     operator: SensingOperator,
-    network: DSCSNet,
+    network: Network,
 ) -> jax.Array:
     return network.apply(params, y, operator, noise=noise, scale=scale).x
 
@@ -130,7 +130,7 @@ def _read(x: jax.Array, unit: jax.Array, rule: ReadoutRule) -> Readout:
 class _Model(NamedTuple):
     """A network with its parameters and the optics of whole frames."""
 
-    network: DSCSNet
+    network: Network
     params: Any
     operator: SensingOperator
 

@@ -6,8 +6,6 @@ ConfigDicts stop here: the rest of the library takes plain arguments.
 from __future__ import annotations
 
 import ast
-import dataclasses
-import difflib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,18 +15,20 @@ import ml_collections
 from ml_collections import config_dict
 
 from dscsnet_jax.physics.scene import Preset, get_preset
-from dscsnet_jax.unfolding.network import NetworkConfig
+from dscsnet_jax.unfolding.registry import Network, default_fields, make_network, suggestion
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config(method: str = "dscsnet") -> ml_collections.ConfigDict:
     """All fields of a training run with their defaults.
 
     Fields:
+      method: the network trained, a name of `unfolding.registry`.
       seed: of the parameters and of the data (`train` split).
       scene.preset, scene.frame_size, scene.division: the frames trained on.
       scene.sigma, scene.read_noise, scene.offset, scene.intensity_low,
         scene.intensity_high: optics, sensor and targets; None: those of the preset.
-      network.*: see `NetworkConfig`; the division is the scene's.
+      network.*: hyper-parameters of the method (for DSCSNet, see `NetworkConfig`); the
+        division and the size of the frames are the scene's.
       optimiser.*: see `training.step.make_optimiser`; `num_steps` is `train.num_steps`.
       train.batch_size, train.num_steps: frames a step, steps in all.
       train.truth_width, train.symmetry_weight, train.remat: see `training.step.make_step`.
@@ -36,24 +36,29 @@ def default_config() -> ml_collections.ConfigDict:
       train.log_every, train.eval_every, train.checkpoint_every: steps between.
       eval.num_frames, eval.frame_size: frames of the `val` split that are scored.
 
+    Args:
+      method: the network to be trained.
+
     Returns:
       A locked ConfigDict.
+
+    Raises:
+      ValueError: for an unknown method; names the known ones.
 
     Example:
       >>> default_config().scene.preset
       'csist'
     """
-    network = dataclasses.asdict(NetworkConfig())
-    del network["division"]
     config = {
         "seed": 0,
+        "method": method,
         "scene": {
             "preset": "csist",
             "frame_size": 11,
             "division": 3,
             **{name.removeprefix("scene."): config_dict.placeholder(float) for name in _OPTIONAL},
         },
-        "network": network,
+        "network": _network_fields(method),
         "optimiser": {
             "learning_rate": 2e-3,
             "warmup_steps": 500,
@@ -94,14 +99,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ml_collectio
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
-    config = default_config()
-    for name, value in flat(_run_file(path)):
+    fields = dict(flat(_run_file(path)))
+    changes = dict(_override(text) for text in overrides)
+    method = changes.pop("method", own := fields.get("method", "dscsnet"))
+    if method != own:  # the file's hyper-parameters are those of another network
+        fields = {k: v for k, v in fields.items() if not k.startswith("network.")}
+    config = default_config(str(method))
+    for name, value in {**fields, "method": method, **changes}.items():
         set_field(config, name, value)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"an override reads a.b=value, got {override!r}")
-        set_field(config, name.strip(), _parse(text))
     check_config(config)
     return config
 
@@ -120,9 +125,7 @@ def set_field(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     """
     known = dict(flat(config.to_dict()))
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; fields: {', '.join(known)}"
-        raise ValueError(f"unknown config field {name!r}{hint}")
+        raise ValueError(f"unknown config field {name!r}{suggestion(name, known)}")
     optional = name in _OPTIONAL
     expected = float if optional else type(known[name])
     if expected is float and type(value) is int:
@@ -141,7 +144,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     make_preset(config)
     make_preset(config, config.eval.frame_size)
-    make_network_config(config)
+    network = make_method(config)
+    sizes = config.scene.frame_size, config.eval.frame_size
+    if hasattr(network.config, "frame_size") and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{config.method} is bound to one size of frames, but scene.frame_size is "
+            f"{sizes[0]} and eval.frame_size {sizes[1]}"
+        )
     for name, value in flat(config.to_dict()):
         least = 0 if name in _MAY_BE_ZERO else 1
         if type(value) is int and value < least:
@@ -182,9 +191,15 @@ def make_preset(config: ml_collections.ConfigDict, frame_size: int | None = None
     return get_preset(scene.preset, frame_size=size, division=scene.division, **changes)
 
 
-def make_network_config(config: ml_collections.ConfigDict) -> NetworkConfig:
-    """The network's hyper-parameters, at the scene's division."""
-    return NetworkConfig(division=config.scene.division, **config.network.to_dict())
+def make_method(config: ml_collections.ConfigDict) -> Network:
+    """The network to be trained, at the scene's division and size of frames.
+
+    Raises:
+      ValueError: for an unknown method or a value that it refuses.
+    """
+    own = default_fields(config.method)
+    scene = {name: config.scene[name] for name in _OF_THE_SCENE if name in own}
+    return make_network(config.method, **scene, **config.network.to_dict())
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -201,6 +216,18 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+def _network_fields(method: str) -> dict[str, Any]:
+    return {k: v for k, v in default_fields(method).items() if k not in _OF_THE_SCENE}
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"an override reads a.b=value, got {text!r}")
+    return name.strip(), _parse(value)
+
+
+_OF_THE_SCENE = ("division", "frame_size")
 # Numbers that the preset has an answer to; None in a config leaves it to the preset.
 _OPTIONAL = (
     "scene.sigma",

@@ -39,7 +39,8 @@ from dscsnet_jax.training.step import (
     make_optimiser,
     make_step,
 )
-from dscsnet_jax.unfolding.network import DSCSNet, num_parameters
+from dscsnet_jax.unfolding.network import num_parameters
+from dscsnet_jax.unfolding.registry import Network
 
 EVAL_BATCH = 250
 _LEAST_SLOTS = 32
@@ -69,7 +70,7 @@ def train(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> TrainResult:
-    """Train DSCSNet as a config says, resuming from the workdir's newest checkpoint.
+    """Train a network as a config says, resuming from the workdir's newest checkpoint.
 
     Writes `config.json`, `metrics.jsonl`, `checkpoints/` and, at the end,
     `weights.safetensors` with `weights.json` into `workdir`. SIGINT and SIGTERM finish
@@ -93,7 +94,7 @@ def train(
     configs.check_config(config)
     workdir = Path(workdir)
     preset = configs.make_preset(config)
-    network = DSCSNet(configs.make_network_config(config))
+    network = configs.make_method(config)
     operator = _operator(preset)
     optimiser = make_optimiser(num_steps=config.train.num_steps, **config.optimiser.to_dict())
     step, share = data_parallel(
@@ -129,7 +130,7 @@ def train(
 
 
 def map_scores(
-    network: DSCSNet,
+    network: Network,
     params: Any,
     preset: Preset,
     *,
@@ -164,7 +165,7 @@ def map_scores(
 
 @functools.lru_cache(maxsize=4)
 def _mapper(
-    network: DSCSNet, preset: Preset, seed: int, split: str
+    network: Network, preset: Preset, seed: int, split: str
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, Targets]]:
     """Maps and true targets of frames by number; kept, so that it compiles once a run."""
     operator = _operator(preset)
@@ -226,7 +227,7 @@ class _Run:
         self,
         config: ml_collections.ConfigDict,
         workdir: Path,
-        network: DSCSNet,
+        network: Network,
         checkpoints: Checkpoints,
     ) -> None:
         self.config = config
@@ -389,7 +390,7 @@ def _claim_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _initial_params(
-    config: ml_collections.ConfigDict, network: DSCSNet, operator: SensingOperator
+    config: ml_collections.ConfigDict, network: Network, operator: SensingOperator
 ) -> Any:
     """Parameters to start from, or None for new ones."""
     if not config.train.init_weights:
@@ -398,10 +399,11 @@ def _initial_params(
     check_geometry(weights.metadata, operator)
     fresh = jax.eval_shape(lambda: network.init(jax.random.key(0), operator))
     shapes = [jax.tree.map(lambda a: a.shape, tree) for tree in (fresh, weights.params)]
-    if shapes[0] != shapes[1]:
+    theirs, ours = weights.metadata, dataclasses.asdict(network.config)
+    if theirs.method != config.method or shapes[0] != shapes[1]:
         raise ValueError(
-            f"the weights {config.train.init_weights} are of another network: "
-            f"{weights.metadata.config}"
+            f"the weights {config.train.init_weights} are of another network: they are of "
+            f"{theirs.method} {theirs.config}, the run is of {config.method} {ours}"
         )
     return jax.tree.map(jnp.asarray, weights.params)
 
@@ -427,7 +429,7 @@ def _release(run: _Run, state: TrainState, preset: Preset, operator: SensingOper
     config = run.config
     path = run.workdir / "weights.safetensors"
     metadata = Metadata(
-        method="dscsnet",
+        method=config.method,
         config=dataclasses.asdict(run.network.config),
         geometry=geometry_of(operator),
         score={"split": "val", "frames": config.eval.num_frames, **run.scores},

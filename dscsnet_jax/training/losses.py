@@ -41,10 +41,17 @@ def training_loss(
     Returns:
       A scalar.
 
+    Raises:
+      ValueError: if the error is weighed but the network has no left inverse.
+
     References:
       Zhang and Ghanem, ISTA-Net, CVPR 2018 (the symmetry term).
     """
     loss = map_error(answer.x, truth, scale)
     if symmetry_weight:
+        if "symmetry" not in answer.trace:
+            raise ValueError(
+                f"symmetry_weight {symmetry_weight}: the network has no learned left inverse"
+            )
         loss = loss + symmetry_weight * answer.trace["symmetry"].mean()
     return loss

@@ -14,7 +14,7 @@ from dscsnet_jax.physics.optics import SensingOperator
 from dscsnet_jax.physics.scene import Preset, Scene, frame_keys, simulate
 from dscsnet_jax.physics.targets import Targets
 from dscsnet_jax.training.losses import training_loss
-from dscsnet_jax.unfolding.network import DSCSNet
+from dscsnet_jax.unfolding.registry import Network
 
 # Splitting the bare key of a seed would give the keys of the data's splits (`SPLITS`) again.
 _PARAMETER_STREAM = 2**31
@@ -69,7 +69,7 @@ def make_optimiser(
 
 
 def init_state(
-    network: DSCSNet,
+    network: Network,
     operator: SensingOperator,
     optimiser: optax.GradientTransformation,
     seed: int,
@@ -85,7 +85,7 @@ def init_state(
 
 
 def make_step(
-    network: DSCSNet,
+    network: Network,
     preset: Preset,
     operator: SensingOperator,
     optimiser: optax.GradientTransformation,

@@ -17,7 +17,7 @@ that the answer is the `x` made with every parameter of every iteration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -176,19 +176,23 @@ def multiplier_step(x: jax.Array, z: jax.Array, u: jax.Array, eta: ArrayLike) ->
     return u + eta * (x - z)
 
 
+_State = TypeVar("_State")
+
+
 def unfold(
-    step: Callable[[Iterate, Any], tuple[Iterate, Any]],
-    start: Iterate,
+    step: Callable[[_State, Any], tuple[_State, Any]],
+    start: _State,
     parameters: Any,
     *,
     unroll: int | bool = 1,
     remat: bool = False,
     trace: bool = False,
-) -> tuple[Iterate, Any]:
+) -> tuple[_State, Any]:
     """Run `step` over parameters stacked along a leading K axis: the only scan.
 
     Args:
-      step: `(iterate, parameters of one iteration) -> (iterate, record)`, pure.
+      step: `(iterate, parameters of one iteration) -> (iterate, record)`, pure; ADMM's
+        iterate is an `Iterate`, other methods have their own.
       start: first iterate.
       parameters: pytree whose leaves have a leading axis of length K.
       unroll: iterations per loop body; `True` unrolls all. Convolutions inside a loop
@@ -202,7 +206,7 @@ def unfold(
     """
     body = jax.checkpoint(step) if remat else step
 
-    def record(iterate: Iterate, parameters_k: Any) -> tuple[Iterate, Any]:
+    def record(iterate: _State, parameters_k: Any) -> tuple[_State, Any]:
         following, seen = body(iterate, parameters_k)
         return following, (seen if trace else None)
 

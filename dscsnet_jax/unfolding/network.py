@@ -29,6 +29,7 @@ from dscsnet_jax.physics.optics import SensingOperator
 from dscsnet_jax.unfolding import admm
 from dscsnet_jax.unfolding.admm import Iterate, Unfolded
 from dscsnet_jax.unfolding.attention import local_attention
+from dscsnet_jax.unfolding.registry import register
 
 CHOICES = {
     "normalise": ("fixed", "frame"),
@@ -228,6 +229,7 @@ class Block(nn.Module):
         return _unfold_features(theta, cfg.division) if fine else theta
 
 
+@register("dscsnet")
 @dataclasses.dataclass(frozen=True)
 class DSCSNet:
     """DSCSNet as an init/apply pair; weights run on frames of any size.

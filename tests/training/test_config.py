@@ -12,7 +12,7 @@ from dscsnet_jax.training.config import (
     default_config,
     flat,
     load_config,
-    make_network_config,
+    make_method,
     make_preset,
     set_field,
 )
@@ -41,8 +41,17 @@ def test_fields_reach_the_preset_and_the_network(tmp_path: Path) -> None:
     config = load_config(path, ["scene.preset=csist_wide", "network.tied=True", "seed=7"])
     assert make_preset(config) == get_preset("csist_wide", division=5)
     assert make_preset(config, 9) == get_preset("csist_wide", division=5, frame_size=9)
-    assert make_network_config(config) == NetworkConfig(division=5, tied=True)
+    assert make_method(config).config == NetworkConfig(division=5, tied=True)
     assert config.seed == 7
+
+
+def test_the_method_brings_its_own_hyper_parameters(tmp_path: Path) -> None:
+    path = write(tmp_path, "config.network.channels = 8")
+    assert make_method(load_config(path)).config.channels == 8
+    with pytest.raises(ValueError, match=r"unknown method 'lsta'; the known ones are dscsnet"):
+        load_config(path, ["method=lsta"])
+    # The file's own method named once more changes nothing.
+    assert make_method(load_config(path, ["method=dscsnet"])).config.channels == 8
 
 
 def test_optics_and_sensor_are_the_presets_own_unless_they_are_set(tmp_path: Path) -> None:
@@ -105,7 +114,7 @@ def test_row20_what_a_varied_preset_draws_by_itself_cannot_be_set(
 def test_defaults_are_valid_and_those_of_the_network() -> None:
     config = default_config()
     check_config(config)
-    assert make_network_config(config) == NetworkConfig()
+    assert make_method(config).config == NetworkConfig()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_overrides_are_read_with_the_type_of_their_field(
     [
         ("train.num_stpes=3", "unknown config field 'train.num_stpes'; did you mean 'train.num_s"),
         ("learning_rate=3", "unknown config field 'learning_rate'; did you mean 'optimiser.le"),
-        ("zzz=1", "unknown config field 'zzz'; fields: .*train.num_steps"),
+        ("zzz=1", "unknown config field 'zzz'; known: .*train.num_steps"),
         ("train={}", "unknown config field 'train'"),
         ("train.num_steps", r"an override reads a\.b=value, got 'train.num_steps'"),
         ("train.num_steps=many", "'train.num_steps' is a int, got 'many'"),

@@ -27,6 +27,7 @@ from dscsnet_jax.training.checkpoint import Checkpoints
 from dscsnet_jax.training.step import Step, TrainState, init_state, make_optimiser
 from dscsnet_jax.unfolding.admm import Unfolded
 from dscsnet_jax.unfolding.network import DSCSNet, num_parameters
+from dscsnet_jax.unfolding.registry import Network
 
 FIELDS = {
     "seed": 7,
@@ -142,8 +143,8 @@ def untimed(workdir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in lines(workdir)]
 
 
-def network() -> DSCSNet:
-    return DSCSNet(configs.make_network_config(make_config()))
+def network() -> Network:
+    return configs.make_method(make_config())
 
 
 def restored(workdir: Path) -> TrainState:

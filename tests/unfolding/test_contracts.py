@@ -1,8 +1,7 @@
 """Contracts: what every learned method keeps, one table over all of them.
 
-To put another network under contract, add it to `NETWORKS`: it needs
-`init(key, operator)`, `apply(params, y, operator, unroll=...)` and a `config` that
-knows the `division`.
+Every registered method is under contract by itself, as small as `SMALL` makes it; variants
+of DSCSNet are named here.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +17,15 @@ import pytest
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import from_lists
 from dscsnet_jax.unfolding.network import DSCSNet, NetworkConfig
+from dscsnet_jax.unfolding.registry import (
+    Network,
+    default_fields,
+    make_network,
+    network_names,
+)
 
 SMALL: dict[str, Any] = {"iterations": 2, "channels": 8, "attention_channels": 4}
+SIDE = 6
 VARIANTS: dict[str, dict[str, Any]] = {
     "dscsnet": {},
     "l2 auxiliary, no multiplier": {"auxiliary": "l2", "multiplier": "off"},
@@ -38,10 +44,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "channels": 2,
     },
 }
-NETWORKS: dict[str, Any] = {
+NETWORKS: dict[str, Network] = {
     name: DSCSNet(NetworkConfig(**{**SMALL, **changes})) for name, changes in VARIANTS.items()
 }
-SIDE = 6
+PEERS = [name for name in network_names() if name != "dscsnet"]
+
+
+def small(name: str) -> Network:
+    """A registered method in its smallest useful form."""
+    known = default_fields(name)
+    wanted = {**SMALL, "frame_size": SIDE}
+    return make_network(name, **{k: v for k, v in wanted.items() if k in known})
+
+
+NETWORKS |= {name: small(name) for name in PEERS}
+# Methods with dense matrices are bound to the size of frames they are made for.
+OF_ONE_SIZE = [name for name in NETWORKS if hasattr(NETWORKS[name].config, "frame_size")]
+OF_ANY_SIZE = [name for name in NETWORKS if name not in OF_ONE_SIZE]
+any_size = pytest.mark.parametrize("name", OF_ANY_SIZE)
 every_network = pytest.mark.parametrize("name", NETWORKS)
 few_networks = pytest.mark.parametrize("name", ["dscsnet", "subpixel"])
 
@@ -76,7 +96,7 @@ def shape_of_operator(name: str, frame_size: int | tuple[int, int]) -> Any:
 
 
 @cache
-def structure(name: str, frame_size: int | tuple[int, int] = 11) -> Any:
+def structure(name: str, frame_size: int | tuple[int, int] = SIDE) -> Any:
     """Shapes of the parameters as `init` makes them on frames of this size."""
     operator = shape_of_operator(name, frame_size)
     return jax.eval_shape(NETWORKS[name].init, jax.random.key(0), operator)
@@ -86,6 +106,14 @@ def structure(name: str, frame_size: int | tuple[int, int] = 11) -> Any:
 def parameters(name: str) -> Any:
     """Random parameters of the network's structure: no leaf at a special value."""
     rng = np.random.default_rng(0)
+    if name in PEERS:
+        drawn = NETWORKS[name].init(jax.random.key(0), operator_of(name))
+        return jax.tree.map(
+            lambda a: np.asarray(
+                a * rng.normal(1, 0.1, a.shape) + rng.normal(0, 0.01, a.shape), np.float32
+            ),
+            drawn,
+        )
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
         names = [entry.key for entry in path]
@@ -213,7 +241,7 @@ def test_gradient_by_the_psf_equals_finite_differences(x64: None, name: str) -> 
 # --- any frame size ----------------------------------------------------------------------------
 
 
-@every_network
+@any_size
 def test_weights_run_on_frames_of_any_size(name: str) -> None:
     network = NETWORKS[name]
     assert structure(name, (5, 16)) == structure(name)
@@ -222,6 +250,16 @@ def test_weights_run_on_frames_of_any_size(name: str) -> None:
         y = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
         x = jax.eval_shape(network.apply, structure(name), y, operator).x
         assert x.shape == (2, *(side * network.config.division for side in shape))
+
+
+@pytest.mark.parametrize("name", OF_ONE_SIZE)
+def test_row21_frames_of_another_size_are_refused(name: str) -> None:
+    other = operator_of(name, 7)
+    message = f"is for frames of {SIDE} x {SIDE} pixels only, the operator's have 7 x 7"
+    with pytest.raises(ValueError, match=message):
+        NETWORKS[name].init(jax.random.key(0), other)
+    with pytest.raises(ValueError, match=message):
+        NETWORKS[name].apply(parameters(name), jnp.zeros((1, 7, 7)), other)
 
 
 @few_networks
@@ -249,7 +287,7 @@ def array_sizes(jaxpr: Any) -> Iterator[int]:
             yield from array_sizes(inner)
 
 
-@every_network
+@any_size
 def test_memory_grows_with_the_area_of_the_frame(name: str) -> None:
     """No array of N^4 entries, in the answer or in its gradient."""
     network = NETWORKS[name]
