@@ -47,13 +47,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NETWORKS: dict[str, Network] = {
     name: DSCSNet(NetworkConfig(**{**SMALL, **changes})) for name, changes in VARIANTS.items()
 }
+# FISTA-Net's momentum is zero at first and not used at last: it acts from 3 iterations on.
+LARGER: dict[str, dict[str, Any]] = {"fista_net": {"iterations": 3}}
 PEERS = [name for name in network_names() if name != "dscsnet"]
 
 
 def small(name: str) -> Network:
     """A registered method in its smallest useful form."""
     known = default_fields(name)
-    wanted = {**SMALL, "frame_size": SIDE}
+    wanted = {**SMALL, "frame_size": SIDE, **LARGER.get(name, {})}
     return make_network(name, **{k: v for k, v in wanted.items() if k in known})
 
 
