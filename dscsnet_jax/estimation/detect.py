@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.targets import Targets
@@ -16,7 +17,9 @@ SUBPIXELS = 3
 """Places per pixel at which the filter looks for a target."""
 
 LEAST_SNR = 5.0
-"""Signal-to-noise ratio of the faintest peak."""
+"""Signal-to-noise ratio of the faintest peak that counts as a target."""
+
+_SLOTS = 16
 
 
 def matched_filter(
@@ -61,13 +64,20 @@ def places(num_pixels: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="max_targets")
-def detect(observation: Observation, *, max_targets: int, least_energy: float = 0.0) -> Targets:
+def detect(
+    observation: Observation,
+    *,
+    max_targets: int,
+    least_energy: float = 0.0,
+    least_snr: float = LEAST_SNR,
+) -> Targets:
     """Local maxima of the matched filter, one a peak.
 
     Args:
       observation: B frames.
       max_targets: slots of the answer; the most significant peaks are kept.
       least_energy: counts.
+      least_snr: signal-to-noise ratio of the faintest peak.
 
     Returns:
       `Targets` (B, max_targets, ...), the most significant first.
@@ -90,7 +100,7 @@ def detect(observation: Observation, *, max_targets: int, least_energy: float = 
         order = -jnp.arange(ratio.size, dtype=ratio.dtype).reshape(ratio.shape)
         top = ratio >= highest
         peak = top & (order >= _largest_nearby(jnp.where(top, order, -jnp.inf)))
-        peak = peak & (ratio >= LEAST_SNR) & (energy >= least_energy)
+        peak = peak & (ratio >= least_snr) & (energy >= least_energy)
         value, index = jax.lax.top_k(jnp.where(peak, ratio, 0).reshape(-1), max_targets)
         row, col = jnp.divmod(index, ratio.shape[1])
         position = (jnp.stack([row, col], -1) - (SUBPIXELS - 1) / 2) / SUBPIXELS
@@ -102,6 +112,23 @@ def detect(observation: Observation, *, max_targets: int, least_energy: float = 
         )
 
     return jax.vmap(one)(observation)
+
+
+def peaks_of(
+    observation: Observation, *, max_targets: int, least_energy: float, least_snr: float = LEAST_SNR
+) -> Targets:
+    """`detect` for any number of frames, block by block, as NumPy arrays.
+
+    There are at least 16 slots, so that calls for a few targets share a program.
+    """
+    pixels = int(np.prod(observation.counts.shape[1:]))
+    look = partial(
+        detect,
+        max_targets=min(max(_SLOTS, max_targets), SUBPIXELS**2 * pixels or 1),
+        least_energy=least_energy,
+        least_snr=least_snr,
+    )
+    return in_blocks(look, observation, size=frames_per_block(observation.counts.shape[1:]))
 
 
 def _largest_nearby(values: jax.Array) -> jax.Array:

@@ -1,4 +1,8 @@
-"""Network map: the network's sub-pixel map of frames, and the targets read out of it."""
+"""Network map: the network's sub-pixel map of frames, and the targets read out of it.
+
+The map of whole frames (`read_maps`), or of windows around what the matched filter sees
+(`read_windows`): a network that does not know the size of frames need not look at empty sky.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from dscsnet_jax.estimation import windows
+from dscsnet_jax.estimation.detect import peaks_of
 from dscsnet_jax.estimation.observe import Observation
-from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.prior import ScenePrior, least_energy
 from dscsnet_jax.estimation.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
 from dscsnet_jax.estimation.tiling import TILE, tiled_map
 from dscsnet_jax.io.weights import Weights, check_geometry
@@ -22,6 +28,8 @@ from dscsnet_jax.unfolding.registry import Network, make_network
 
 _TILE_BATCH = 4
 _PEAK_SHARE, _PEAK_NOISE = 0.15, 6.0  # least energy of a peak: of the scale, in noise
+_LEAST_BATCH = 8
+_FAINTEST_SNR = 4.0  # of a peak that is worth a look
 _PRIOR_SHARE = 0.4  # least energy of a peak, of the prior's least intensity
 
 _operator = jax.jit(sensing_operator, static_argnames=("frame_size", "division"))
@@ -105,6 +113,54 @@ def read_maps(
     return maps, read.targets, read.truncated
 
 
+def read_windows(
+    observation: Observation,
+    weights: Weights,
+    prior: ScenePrior,
+    *,
+    threshold: float | None,
+    max_targets: int,
+    batch_size: int,
+) -> tuple[Targets, np.ndarray]:
+    """Peaks of the maps of windows around all that stands out, and where slots were missing.
+
+    Arguments as of `read_maps`. Frames are looked at as a whole by networks that are bound
+    to their size.
+    """
+    settings = {"readout": "peaks", "threshold": threshold, "batch_size": batch_size}
+    if hasattr(network_of(weights).config, "frame_size"):
+        return read_maps(observation, weights, prior, max_targets=max_targets, **settings)[1:]
+    peaks = peaks_of(
+        observation,
+        max_targets=max_targets,
+        least_energy=least_energy(prior),
+        least_snr=_FAINTEST_SNR,
+    )
+    shapes = windows.fit_shapes(float(observation.sigma.max(initial=0.1)))
+    cuts, crowded = windows.cut(observation, peaks, shapes)
+    parts = []
+    for w in cuts:
+        slots = w.targets.mask.shape[1]
+        _, found, over = read_maps(w.observation, weights, prior, max_targets=slots, **settings)
+        crowded[w.frame[over]] = True
+        parts.append((w, _own(found, w, peaks), ()))
+    targets, _, over = windows.join(parts, len(crowded), max_targets)
+    return targets, over | crowded
+
+
+def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
+    """Without what belongs to a neighbouring window: nearer to its peaks than to the own."""
+
+    def nearest(to: np.ndarray, there: np.ndarray) -> np.ndarray:
+        apart = ((found.position[:, :, None] - to[:, None]) ** 2).sum(-1)
+        return np.where(there[:, None], apart, np.inf).min(-1, initial=np.inf)
+
+    of_frame = peaks.position[w.frame] - w.origin[:, None]
+    closest = nearest(of_frame, peaks.mask[w.frame])
+    own = nearest(w.targets.position, w.targets.mask) <= closest + 1e-3
+    return dataclasses.replace(found, mask=found.mask & own)
+
+
 @functools.partial(jax.jit, static_argnames="network")
 def _make_map(
     params: Any,
@@ -153,8 +209,11 @@ def _large_map(
 
 
 def _batches(y: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches of one shape; the last is padded with zeros, no frame is left out."""
-    size = min(batch_size, max(len(y), 1))
+    """Batches of one shape; the last is padded with zeros, no frame is left out.
+
+    Few frames make a smaller batch, in powers of two: each size is a program of its own.
+    """
+    size = min(batch_size, max(_LEAST_BATCH, 1 << (len(y) - 1).bit_length()))
     missing = -len(y) % size if len(y) else size
     padded = np.concatenate([y, np.zeros((missing, *y.shape[1:]), y.dtype)])
     return np.split(padded, len(padded) // size)

@@ -18,20 +18,18 @@ from scipy import optimize
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
 from dscsnet_jax.estimation.counts import Selected, select_count
-from dscsnet_jax.estimation.detect import detect
+from dscsnet_jax.estimation.detect import peaks_of
 from dscsnet_jax.estimation.observe import Observation, observe
 from dscsnet_jax.estimation.posterior import sample_posterior
-from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.prior import ScenePrior, least_energy
 from dscsnet_jax.estimation.refine import Fit, refine
 from dscsnet_jax.physics.targets import Targets, from_arrays
 
 ESTIMATES = ("mean", "map")
 _WIDTH_REACHES = (0.3, 0.1)  # of the factor's logarithm, in each pass
 _SEARCHES = 2  # for targets that the start had missed
-_DETECTED = 16
 _CLIP = 4.0  # standard deviations
 _LEAST_OF_GUESS = 0.5  # a fit of few pixels may leave next to nothing
-_LEAST_SHARE = 0.5  # of the least intensity of the prior
 
 
 class Solved(NamedTuple):
@@ -253,11 +251,8 @@ def _with_missed(
     )
     # A saturated pixel tells nothing of what is missing there but that something may be.
     left = dataclasses.replace(left, valid=left.valid & ~left.saturated)
-    least = 0.0 if prior.intensity is None else _LEAST_SHARE * float(prior.intensity[0])
-    size = frames_per_block(observation.counts.shape[1:])
-    slots = min(max(_DETECTED, max_targets), 9 * observation.counts[:1].size or 1)
-    look = partial(detect, max_targets=slots, least_energy=least)
-    peaks = in_blocks(look, left, size=size)
+    least = least_energy(prior)
+    peaks = peaks_of(left, max_targets=max_targets, least_energy=least)
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b], 1), targets, peaks)
     order = np.argsort(~joined.mask, axis=1, kind="stable")[:, :max_targets]
     return from_arrays(

@@ -19,6 +19,7 @@ from dscsnet_jax.physics.scene import Preset
 
 _DRAWS = 1 << 17
 _MOST = 32
+_LEAST_SHARE = 0.5  # of the least intensity
 
 
 @flax.struct.dataclass
@@ -116,6 +117,16 @@ def preset_prior(preset: Preset) -> ScenePrior:
         corner=cluster.extent[0],
         count=(0.0, *share),
     )
+
+
+def least_energy(prior: ScenePrior) -> float:
+    """Energy below which a peak is no target, counts: half the least intensity, or 0.
+
+    Example:
+      >>> least_energy(scene_prior(intensity=(220, 250)))
+      110.0
+    """
+    return 0.0 if prior.intensity is None else _LEAST_SHARE * float(prior.intensity[0])
 
 
 @functools.lru_cache(maxsize=32)

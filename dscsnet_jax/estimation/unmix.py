@@ -1,6 +1,7 @@
 """Unmix: frames in, targets out: the main job.
 
-frames -> noise and background -> network -> map -> read-out -> fit, count, posterior -> targets
+frames -> noise and background -> windows -> network -> map -> read-out -> fit, count, posterior
+    -> targets
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from dscsnet_jax.estimation.answer import Unmixed, grid_answer, solved_answer
 from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
-from dscsnet_jax.estimation.network_map import check_width, read_maps
+from dscsnet_jax.estimation.network_map import check_width, read_maps, read_windows
 from dscsnet_jax.estimation.observe import Observation, observe
 from dscsnet_jax.estimation.offgrid import ESTIMATES, fit_width, solve
 from dscsnet_jax.estimation.prior import ScenePrior, preset_prior
@@ -121,8 +122,9 @@ def unmix(
 ) -> Unmixed:
     """Tell the targets of frames apart.
 
-    Frames may have any size: the network's map of those larger than a tile is made in
-    overlapping tiles, and targets are fitted in windows. One frame never changes another
+    Frames may have any size: the network looks at windows around what stands out of the
+    noise (for `grid`, at whole frames, the large ones in overlapping tiles), and targets
+    are fitted in windows. One frame never changes another
     frame's answer (but for `fit_psf`, which is shared).
 
     Args:
@@ -150,7 +152,7 @@ def unmix(
       mask_invalid: leave NaN and Inf pixels out and flag the frame, instead of an error.
       batch_size: frames at once in the network.
       seed: of the posterior's random numbers.
-      return_maps: keep the maps; None is returned for `greedy`.
+      return_maps: make, or keep, the maps of whole frames; None is returned for `greedy`.
 
     Returns:
       `Unmixed`.
@@ -187,19 +189,19 @@ def unmix(
     maps, found, over = None, no_targets(len(y), slots), np.zeros(len(y), bool)
     if method != "greedy":
         check_width(weights, width)
-        maps, found, over = read_maps(
-            observation,
-            weights,
-            prior,
-            readout=readout,
-            threshold=threshold,
-            max_targets=slots,
-            batch_size=batch_size,
-        )
-    maps = maps if return_maps else None
+    reading: dict[str, Any] = {
+        "threshold": threshold,
+        "max_targets": slots,
+        "batch_size": batch_size,
+    }
+    if method == "dscsnet":
+        found, over = read_windows(observation, weights, prior, **reading)
+    if method == "grid" or (return_maps and method != "greedy"):
+        maps, *read = read_maps(observation, weights, prior, readout=readout, **reading)
+        found, over = read if method == "grid" else (found, over)
     invalid = ~observation.valid.all((1, 2))
     if method == "grid":
-        return grid_answer(observation, found, over, invalid, maps)
+        return grid_answer(observation, found, over, invalid, maps if return_maps else None)
     if fit_psf:
         observation, found = fit_width(observation, found, prior, greedy=method == "greedy")
     solved = solve(

@@ -105,7 +105,7 @@ def cut(
         if not len(chosen):
             continue
         middle = np.rint((low[chosen] + high[chosen]) / 2).astype(int)
-        origin = middle - shape.side // 2
+        origin = _inside(middle - shape.side // 2, observation.counts.shape[1:], shape.side)
         number_of = np.full(len(group), -1)
         number_of[chosen] = np.arange(len(chosen))
         inside = (number_of[member] >= 0) & (rank < shape.slots - spare)
@@ -260,6 +260,12 @@ def _kinds(
     )
     none = np.asarray(~holds.any(0))
     return np.where(none, len(shapes) - 1, holds.argmax(0)), none
+
+
+def _inside(origin: np.ndarray, frame_shape: tuple[int, ...], side: int) -> np.ndarray:
+    """Origins (W, 2) moved so that the windows lie within the frame, or around a small one."""
+    free = np.array(frame_shape) - side
+    return np.where(free < 0, free // 2, np.clip(origin, 0, np.maximum(free, 0)))
 
 
 def _pixels(
