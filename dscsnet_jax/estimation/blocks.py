@@ -18,7 +18,7 @@ import numpy as np
 BLOCK = 128
 _PIXELS = 1 << 22
 # JAX's settings that a `with` sets for one thread only.
-_SETTINGS = {
+_SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
     "jax_numpy_rank_promotion": jax.numpy_rank_promotion,
     "jax_default_matmul_precision": jax.default_matmul_precision,

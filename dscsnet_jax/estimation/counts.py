@@ -28,11 +28,12 @@ from dscsnet_jax.estimation.detect import matched_filter, places
 from dscsnet_jax.estimation.objective import pixel_std
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
-from dscsnet_jax.estimation.refine import NUM_ITERATIONS, Fit, all_counts, refine
+from dscsnet_jax.estimation.refine import Fit, all_counts, refine, refine_frames
 from dscsnet_jax.physics import limits, optics
 from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
+_SHORT_FIT = 10  # iterations: enough to tell which change is best
 _MARGIN = 0.5  # pixels beyond the border where a target may still be
 _FEW = 32  # frames compared at once: only some are in doubt, and ever fewer
 _SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2
@@ -105,7 +106,6 @@ def select_count(
     *,
     only_add: bool = False,
     max_rounds: int = MAX_ROUNDS,
-    num_iterations: int = NUM_ITERATIONS,
 ) -> Selected:
     """Remove or add targets where the evidence says so.
 
@@ -119,14 +119,13 @@ def select_count(
       only_add: add one target at a time at the residual's peak as long as the evidence
         grows, from any start, and try nothing else: what one would write by hand.
       max_rounds: most times that a count may change.
-      num_iterations: of each fit.
 
     Returns:
       `Selected`, as NumPy arrays.
     """
-    compare = partial(_compare, num_iterations=num_iterations, only_add=only_add)
+    compare = partial(_compare, only_add=only_add)
     evidence, doubt = in_blocks(_assess, (fit, observation), prior)
-    fit = jax.tree.map(np.array, fit)
+    fit, evidence = jax.tree.map(np.array, (fit, evidence))
     number = fit.targets.mask.sum(-1)
     table = np.full((len(number), fit.targets.mask.shape[-1] + 1), -np.inf, evidence.dtype)
     table[np.arange(len(number)), number] = evidence
@@ -134,13 +133,19 @@ def select_count(
     for _ in range(max_rounds):
         if not len(todo):
             break
-        some = partial(jax.tree.map, lambda a, i=todo: np.asarray(a)[i])
-        best, tried = in_blocks(compare, (some(fit), some(observation)), prior, size=_FEW)
+        some = jax.tree.map(lambda a, i=todo: np.asarray(a)[i], (fit, observation))
+        start, better, tried = in_blocks(compare, some, prior, size=_FEW)
         table[todo] = np.maximum(table[todo], tried)
-        changed = best.targets.mask.sum(-1) != fit.targets.mask[todo].sum(-1)
-        for ours, theirs in zip(jax.tree.leaves(fit), jax.tree.leaves(best), strict=True):
-            ours[todo] = theirs
-        todo = todo[changed]
+        todo, seen, start = jax.tree.map(lambda a, i=better: a[i], (todo, some[1], start))
+        new = refine_frames(seen, start, prior)
+        reached, _ = in_blocks(_assess, (new, seen), prior)
+        number = new.targets.mask.sum(-1)
+        table[todo, number] = np.maximum(table[todo, number], reached)
+        better, changed = reached > evidence[todo], number != fit.targets.mask[todo].sum(-1)
+        evidence[todo[better]] = reached[better]
+        for ours, theirs in zip(jax.tree.leaves(fit), jax.tree.leaves(new), strict=True):
+            ours[todo[better]] = theirs[better]
+        todo = todo[better & changed]
     return Selected(fit, table)
 
 
@@ -165,33 +170,39 @@ def _in_doubt(fit: Fit, observation: Observation, prior: ScenePrior) -> jax.Arra
     return unexplained | weak.any(-1) | close | ~fit.converged
 
 
-@partial(jax.jit, static_argnames=("num_iterations", "only_add"))
+@partial(jax.jit, static_argnames="only_add")
 def _compare(
     fit_and_frames: tuple[Fit, Observation],
     prior: ScenePrior,
     *,
-    num_iterations: int,
     only_add: bool,
-) -> tuple[Fit, jax.Array]:
-    """Best of keeping and of all changes, and the evidence of each count (B, K+1)."""
+) -> tuple[Targets, jax.Array, jax.Array]:
+    """Best of keeping and of all changes after some iterations.
+
+    Returns:
+      Its targets, (B,) bool whether it is a change, and (B, K+1) evidence of each count.
+    """
     fit, observation = fit_and_frames
     starts = jax.vmap(partial(_changes, prior=prior, only_add=only_add))(
         fit.targets, fit.std, observation, fit.background
     )
-    best, best_evidence = fit, log_evidence(fit, observation, prior)
-    number = fit.targets.mask.sum(-1)
+    best, own = fit.targets, log_evidence(fit, observation, prior)
+    number = best.mask.sum(-1)
     frame = jnp.arange(len(number))
-    table = jnp.full((len(number), fit.targets.mask.shape[-1] + 1), -jnp.inf)
-    table = table.at[frame, number].set(best_evidence)
+    table = jnp.full((len(number), best.mask.shape[-1] + 1), -jnp.inf)
+    table = table.at[frame, number].set(own)
     # All changes in one fit: what is not there to be fitted apart costs no time apart.
     stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
     repeated = jax.tree.map(lambda a: jnp.concatenate([a] * len(starts)), observation)
-    others = refine(repeated, stacked, prior, num_iterations=num_iterations)
+    others = refine(repeated, stacked, prior, num_iterations=_SHORT_FIT)
     evidences = log_evidence(others, repeated, prior).reshape(len(starts), -1)
+    best_evidence = own
     for index, evidence in enumerate(evidences):
-        other = jax.tree.map(lambda a, i=index: a[i * len(frame) : (i + 1) * len(frame)], others)
+        other = jax.tree.map(
+            lambda a, i=index: a[i * len(frame) : (i + 1) * len(frame)], others.targets
+        )
         evidence = jnp.where(jnp.isfinite(evidence), evidence, -jnp.inf)
-        table = table.at[frame, other.targets.mask.sum(-1)].max(evidence)
+        table = table.at[frame, other.mask.sum(-1)].max(evidence)
         better = evidence > best_evidence
         best_evidence = jnp.maximum(best_evidence, evidence)
         best = jax.tree.map(
@@ -199,7 +210,7 @@ def _compare(
             other,
             best,
         )
-    return best, table
+    return best, best_evidence > own, table
 
 
 def _changes(

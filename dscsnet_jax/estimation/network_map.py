@@ -127,9 +127,16 @@ def read_windows(
     Arguments as of `read_maps`. Frames are looked at as a whole by networks that are bound
     to their size.
     """
-    settings = {"readout": "peaks", "threshold": threshold, "batch_size": batch_size}
+    read = functools.partial(
+        read_maps,
+        weights=weights,
+        prior=prior,
+        readout="peaks",
+        threshold=threshold,
+        batch_size=batch_size,
+    )
     if hasattr(network_of(weights).config, "frame_size"):
-        return read_maps(observation, weights, prior, max_targets=max_targets, **settings)[1:]
+        return read(observation, max_targets=max_targets)[1:]
     peaks = peaks_of(
         observation,
         max_targets=max_targets,
@@ -141,7 +148,7 @@ def read_windows(
     parts = []
     for w in cuts:
         slots = w.targets.mask.shape[1]
-        _, found, over = read_maps(w.observation, weights, prior, max_targets=slots, **settings)
+        _, found, over = read(w.observation, max_targets=slots)
         crowded[w.frame[over]] = True
         parts.append((w, _own(found, w, peaks), ()))
     targets, _, over = windows.join(parts, len(crowded), max_targets)
@@ -150,14 +157,15 @@ def read_windows(
 
 def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
     """Without what belongs to a neighbouring window: nearer to its peaks than to the own."""
+    place = np.asarray(found.position)
 
     def nearest(to: np.ndarray, there: np.ndarray) -> np.ndarray:
-        apart = ((found.position[:, :, None] - to[:, None]) ** 2).sum(-1)
+        apart = ((place[:, :, None] - to[:, None]) ** 2).sum(-1)
         return np.where(there[:, None], apart, np.inf).min(-1, initial=np.inf)
 
-    of_frame = peaks.position[w.frame] - w.origin[:, None]
-    closest = nearest(of_frame, peaks.mask[w.frame])
-    own = nearest(w.targets.position, w.targets.mask) <= closest + 1e-3
+    of_frame, of_window = (jax.tree.map(np.asarray, t) for t in (peaks, w.targets))
+    closest = nearest(of_frame.position[w.frame] - w.origin[:, None], of_frame.mask[w.frame])
+    own = nearest(of_window.position, of_window.mask) <= closest + 1e-3
     return dataclasses.replace(found, mask=found.mask & own)
 
 

@@ -22,7 +22,7 @@ from dscsnet_jax.estimation.detect import peaks_of
 from dscsnet_jax.estimation.observe import Observation, observe
 from dscsnet_jax.estimation.posterior import sample_posterior
 from dscsnet_jax.estimation.prior import ScenePrior, least_energy
-from dscsnet_jax.estimation.refine import Fit, refine
+from dscsnet_jax.estimation.refine import Fit, refine_frames
 from dscsnet_jax.physics.targets import Targets, from_arrays
 
 ESTIMATES = ("mean", "map")
@@ -187,11 +187,6 @@ def fit_width(
     return widened(log_factor), start
 
 
-@jax.jit
-def _refine(frames: tuple[Observation, Targets], prior: ScenePrior) -> Fit:
-    return refine(*frames, prior)
-
-
 def _fitted(
     observation: Observation,
     start: Targets,
@@ -206,7 +201,7 @@ def _fitted(
     """
     shapes = windows.fit_shapes(_largest_sigma(observation) if sigma is None else sigma)
     cuts, crowded = windows.cut(observation, start, shapes, spare=spare)
-    return [(w, in_blocks(_refine, (w.observation, w.targets), prior)) for w in cuts], crowded
+    return [(w, refine_frames(w.observation, w.targets, prior)) for w in cuts], crowded
 
 
 def _counted(

@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.estimation import spd
+from dscsnet_jax.estimation.blocks import in_blocks
 from dscsnet_jax.estimation.objective import Residuals, pack, residuals, unpack
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
 from dscsnet_jax.physics.targets import Targets
 
 NUM_ITERATIONS = 25
+_FIRST_ITERATIONS = 10  # enough for most fits
 _DAMPING = (1e-2, 1e-8, 1e8)  # at the start, least, largest
 _EASE, _TIGHTEN = 0.2, 5.0
 _TOLERANCE = 1e-2  # largest Newton step at the answer, in standard deviations
@@ -73,7 +75,7 @@ def refine(
     start: Targets,
     prior: ScenePrior | None = None,
     *,
-    num_iterations: int = NUM_ITERATIONS,
+    num_iterations: int | jax.Array = NUM_ITERATIONS,
     unroll: bool = False,
 ) -> Fit:
     """Fit all targets of each frame jointly, off the grid.
@@ -124,12 +126,40 @@ def refine(
     return jax.vmap(one)(observation, start)
 
 
+def refine_frames(observation: Observation, start: Targets, prior: ScenePrior) -> Fit:
+    """`refine` for any number of frames, block by block, as NumPy arrays.
+
+    Fits that have not converged after some iterations go on, gathered into blocks, so that
+    few slow ones do not cost all the others their time.
+    """
+    fit = in_blocks(_refine_block, (observation, start), prior, np.int32(_FIRST_ITERATIONS))
+    slow = np.flatnonzero(~fit.converged)
+    if not len(slow):
+        return fit
+    some = jax.tree.map(lambda a: np.asarray(a)[slow], (observation, fit.targets))
+    more = in_blocks(_refine_block, some, prior, np.int32(NUM_ITERATIONS))
+    return jax.tree.map(lambda old, new: _with_rows(old, slow, new), fit, more)
+
+
+@jax.jit
+def _refine_block(
+    frames: tuple[Observation, Targets], prior: ScenePrior, num_iterations: jax.Array
+) -> Fit:
+    return refine(*frames, prior, num_iterations=num_iterations)
+
+
+def _with_rows(old: np.ndarray, index: np.ndarray, new: np.ndarray) -> np.ndarray:
+    old = old.copy()
+    old[index] = new
+    return old
+
+
 def _refine_one(
     observation: Observation,
     start: Targets,
     *,
     prior: ScenePrior,
-    num_iterations: int,
+    num_iterations: int | jax.Array,
     unroll: bool,
 ) -> Fit:
     """`refine` for one frame."""
@@ -146,7 +176,7 @@ def _refine_one(
         return _minimise(theta, mask, observation, prior, num_iterations)
 
     if unroll:
-        theta = _minimise(theta, mask, observation, prior, num_iterations)
+        theta = _minimise(theta, mask, observation, prior, num_iterations, by_scan=True)
     else:
         theta = jax.lax.custom_root(score, theta, solve, _solve_dense)
     fixed = jax.lax.stop_gradient
@@ -161,13 +191,18 @@ def _minimise(
     mask: jax.Array,
     observation: Observation,
     prior: ScenePrior,
-    num_iterations: int,
+    num_iterations: int | jax.Array,
+    *,
+    by_scan: bool = False,
 ) -> jax.Array:
-    """Levenberg-Marquardt; a step is taken only if it lowers the cost."""
+    """Levenberg-Marquardt; a step is taken only if it lowers the cost.
+
+    A scan can be differentiated through, a loop takes a traced number of iterations.
+    """
     present = _present(mask)
     start, least, largest = _DAMPING
 
-    def iterate(state: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], None]:
+    def iterate(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         theta, damping, cost, gradient, normal, std = state
         step = _damped_step(gradient, normal, damping, present)
         step = step * jnp.minimum(1, _LONGEST / jnp.maximum(_longest_move(step), _LONGEST))
@@ -183,7 +218,7 @@ def _minimise(
         old = (theta, cost, gradient, normal, std)
         new_state = (new, new_cost, new_gradient, new_normal, r.std)
         theta, *others = jax.tree.map(lambda a, b: jnp.where(better, a, b), new_state, old)
-        return (theta, damping, *others), None
+        return theta, damping, *others
 
     r = residuals(theta, mask, observation, prior)
     first: tuple[jax.Array, ...] = (
@@ -193,7 +228,10 @@ def _minimise(
         *_normal_equations(r),
         r.std,
     )
-    return jax.lax.scan(iterate, first, None, length=num_iterations)[0][0]
+    if by_scan:
+        numbers = jnp.arange(num_iterations)
+        return jax.lax.scan(lambda s, _: (iterate(s), None), first, numbers)[0][0]
+    return jax.lax.fori_loop(0, num_iterations, lambda _, s: iterate(s), first)[0]
 
 
 def _normal_equations(r: Residuals) -> tuple[jax.Array, jax.Array]:

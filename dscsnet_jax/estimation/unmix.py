@@ -187,18 +187,20 @@ def unmix(
     prior = ScenePrior() if prior is None else prior
     observation = _observed(y, width, noise, background, saturation, gain)
     maps, found, over = None, no_targets(len(y), slots), np.zeros(len(y), bool)
-    if method != "greedy":
-        check_width(weights, width)
-    reading: dict[str, Any] = {
+    given = observation, weights, prior
+    how: dict[str, Any] = {
         "threshold": threshold,
         "max_targets": slots,
         "batch_size": batch_size,
     }
+    if method != "greedy":
+        check_width(weights, width)
     if method == "dscsnet":
-        found, over = read_windows(observation, weights, prior, **reading)
-    if method == "grid" or (return_maps and method != "greedy"):
-        maps, *read = read_maps(observation, weights, prior, readout=readout, **reading)
-        found, over = read if method == "grid" else (found, over)
+        found, over = read_windows(*given, **how)
+    if method == "grid":
+        maps, found, over = read_maps(*given, readout=readout, **how)
+    elif method == "dscsnet" and return_maps:
+        maps = read_maps(*given, readout=readout, **how)[0]
     invalid = ~observation.valid.all((1, 2))
     if method == "grid":
         return grid_answer(observation, found, over, invalid, maps if return_maps else None)

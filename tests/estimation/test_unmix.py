@@ -1,6 +1,7 @@
 """`unmix`: values on simulated frames, and every fault of the table it answers for."""
 
 import dataclasses
+import sys
 from functools import partial
 from typing import Any
 
@@ -326,10 +327,11 @@ def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyP
     frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], noise=1.0)
 
     @jax.jit
-    def stopped(seen_and_start: tuple, prior: Any) -> Any:
+    def stopped(seen_and_start: tuple, prior: Any, _: Any) -> Any:
         return refine(*seen_and_start, prior, num_iterations=0)
 
-    monkeypatch.setattr(offgrid, "_refine", stopped)
+    # The package's `refine` is the module; here it is the function of that name.
+    monkeypatch.setattr(sys.modules[refine.__module__], "_refine_block", stopped)
     monkeypatch.setattr(
         offgrid, "select_count", lambda seen, fit, *_, **__: offgrid._uncounted(fit)
     )
