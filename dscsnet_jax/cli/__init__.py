@@ -17,6 +17,7 @@ VERBS = {
     "train": "train a network on scenes simulated on the fly",
     "evaluate": "score a method on a set of frames with truth",
     "unmix": "tell the targets of your frames apart",
+    "import-weights": "make weights of a published PyTorch checkpoint",
     "demo": "simulate, unmix, score and draw a picture",
 }
 STOPPED = 130
@@ -87,12 +88,14 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         prog="dscsnet",
         description="Tell closely spaced infrared point targets apart.",
         epilog="example: dscsnet demo",
+        formatter_class=_front_page,
     )
     version = f"dscsnet {dscsnet_jax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in VERBS.items():
-        module = importlib.import_module(f"{__name__}.{name}") if name in arguments else None
+        home = f"{__name__}.{name.replace('-', '_')}"
+        module = importlib.import_module(home) if name in arguments else None
         verb = verbs.add_parser(
             name,
             help=summary,
@@ -105,6 +108,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             module.add_arguments(verb)
             verb.set_defaults(run=module.run)
     return parser
+
+
+def _front_page(prog: str) -> argparse.HelpFormatter:
+    """Help with all verbs beside their summaries: argparse forgets that verbs are indented."""
+    formatter = argparse.HelpFormatter(prog, max_help_position=28)
+    formatter._action_max_length = max(map(len, VERBS)) + 4
+    return formatter
 
 
 def _keep_compilations() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     with progress.stage("reading"):
         split = read_csist(args.data, one_based=args.one_based)
     preset = _preset_of(args.data, split)
-    known = {"sigma": split.sigma}
+    known: dict[str, Any] = {"sigma": split.sigma}
+    if np.isfinite(split.full_well):
+        known["saturation"] = split.full_well
     if preset is not None and preset.variation is None and not args.blind:
         known = known_of(preset)
     if args.limit and (preset is None or preset.variation is not None):

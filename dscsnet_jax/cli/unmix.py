@@ -85,19 +85,22 @@ def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
     runs = progress.runs_of(stack.frames, max(size, 1))
     ends = np.cumsum([len(frames) for frames in runs]).tolist()
     return [
-        FrameStack(stack.names[end - len(frames) : end], frames)
+        FrameStack(stack.names[end - len(frames) : end], frames, stack.full_well)
         for frames, end in zip(runs, ends, strict=True)
     ]
 
 
 def _answer(stack: FrameStack, args: argparse.Namespace) -> Unmixed:
+    sensor = options.sensor_arguments(args)
+    if np.isfinite(stack.full_well):
+        sensor = {"saturation": stack.full_well} | sensor
     return unmix(
         stack.frames,
         threshold=args.threshold,
         max_targets=args.max_targets,
         mask_invalid=args.mask_invalid,
         **options.method_arguments(args),
-        **options.sensor_arguments(args),
+        **sensor,
         **options.prior_arguments(args),
     )
 

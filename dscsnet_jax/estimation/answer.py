@@ -16,6 +16,7 @@ from dscsnet_jax.physics.targets import Targets
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
 _UNRESOLVED_PIXELS = 0.5  # in sigmas of the PSF
 _UNRESOLVED_GAP = 2.0  # in standard deviations
+_SEPARATION_SLACK = 0.1  # pixels below the prior's least distance
 _UNEXPLAINED = 5.0  # standard deviations of chi square
 
 
@@ -30,7 +31,7 @@ class Unmixed:
       interval: (B, K, 3, 4) quantiles of row, col and intensity, at one and two standard
         deviations of a Gaussian (2.3, 15.9, 84.1 and 97.7 %); NaN for `grid`.
       count_probability: (B, K+1) probability of each number of targets among those that
-        were compared; NaN for `grid`.
+        were compared, the last of K or more; NaN for `grid`.
       residual: (B,) root mean square of frame minus model over the valid pixels, counts.
       chi_square: (B,) mean over the valid pixels of the squared residual over its
         variance: about 1 where the model explains the frame; NaN for `grid`.
@@ -167,13 +168,14 @@ def _chi_square(observation: Observation, source: np.ndarray) -> tuple[np.ndarra
 def _unresolved(
     targets: Targets, std: np.ndarray, prior: ScenePrior, sigma: np.ndarray
 ) -> np.ndarray:
-    """(B, K): a broad place, a neighbour within the errors, or too bright for one target."""
+    """(B, K): a broad place, a neighbour within the errors, or no such scene as the prior's."""
     mask, position = np.asarray(targets.mask), np.asarray(targets.position)
     spread = np.sqrt((std[..., :2] ** 2).sum(-1))
     apart = np.sqrt(((position[:, :, None] - position[:, None, :]) ** 2).sum(-1))
     other = mask[:, :, None] & mask[:, None, :] & ~np.eye(mask.shape[1], dtype=bool)
     error = np.sqrt(spread[:, :, None] ** 2 + spread[:, None, :] ** 2) / 2**0.5
-    blended = (other & (apart < _UNRESOLVED_GAP * error)).any(-1)
+    too_close = apart < float(prior.separation) - _SEPARATION_SLACK
+    blended = (other & ((apart < _UNRESOLVED_GAP * error) | too_close)).any(-1)
     broad = ~(spread < _UNRESOLVED_PIXELS * sigma.mean(-1)[:, None] * 2**0.5)
     found = blended | broad
     if prior.intensity is not None:

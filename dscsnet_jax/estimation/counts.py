@@ -33,7 +33,7 @@ from dscsnet_jax.physics import limits, optics
 from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
-_SHORT_FIT = 10  # iterations: enough to tell which change is best
+_SHORT_FIT = 16  # iterations: enough to tell which change is best
 _MARGIN = 0.5  # pixels beyond the border where a target may still be
 _FEW = 32  # frames compared at once: only some are in doubt, and ever fewer
 _SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2

@@ -98,7 +98,8 @@ def solve(
         raise ValueError(f"unknown estimate {estimate!r}; choose one of {', '.join(ESTIMATES)}")
     observation, start = jax.tree.map(np.asarray, (observation, start))
     num_frames = len(observation.counts)
-    wide = partial(windows.join, num_frames=num_frames, max_targets=max_targets)
+    room = max(max_targets, start.mask.shape[1])
+    wide = partial(windows.join, num_frames=num_frames, max_targets=room)
     if estimate_noise:
         parts, _ = _fitted(observation, start, prior, spare=1)
         start = wide([(w, f.targets, ()) for w, f in parts])[0]
@@ -107,15 +108,17 @@ def solve(
         parts, crowded = _fitted(observation, start, prior, spare=0)
         counted = [(w, _uncounted(f)) for w, f in parts]
     else:
-        counted, crowded = _counted(observation, start, prior, greedy, max_targets)
+        counted, crowded = _counted(observation, start, prior, greedy, room)
     fits = [(w, s.fit) for w, s in counted]
-    targets, values, over = wide([(w, f.targets, _fit_values(f)) for w, f in fits])
+    targets, values, over = windows.join(
+        [(w, f.targets, _fit_values(f)) for w, f in fits], num_frames, max_targets
+    )
     probability = _count_probability(counted, num_frames, max_targets)
     if estimate == "mean":
         if from_start:
             targets = wide([(w, w.targets, _fit_values(f)) for w, f in fits])[0]
         means, more = _sampled(observation, targets, prior, values, seed)
-        targets, values, _ = wide(means)
+        targets, values, _ = windows.join(means, num_frames, max_targets)
         crowded = crowded | more
     slots = targets.mask.shape
     std, interval, converged, effective = values or (
@@ -336,12 +339,18 @@ def _uncounted(fit: Fit) -> Selected:
 def _count_probability(
     counted: list[tuple[windows.Windows, Selected]], num_frames: int, max_targets: int
 ) -> np.ndarray:
-    """(B, K+1) probabilities of each number of targets, group by group."""
+    """(B, K+1) probabilities of each number of targets, group by group.
+
+    What is above K is counted as K.
+    """
     total = np.zeros((num_frames, max_targets + 1))
     total[:, 0] = 1
     for w, selected in counted:
-        table = selected.log_evidence - selected.log_evidence.max(1, keepdims=True)
-        share = np.exp(table)
+        table = np.array(selected.log_evidence, float)
+        # Where every count was impossible, the one that was kept is certain.
+        never = np.flatnonzero(~np.isfinite(table.max(1)))
+        table[never, np.asarray(selected.fit.targets.mask)[never].sum(1)] = 0
+        share = np.exp(table - table.max(1, keepdims=True))
         share = share / share.sum(1, keepdims=True)
         order = np.argsort(w.frame, kind="stable")
         frame = w.frame[order]
@@ -350,11 +359,12 @@ def _count_probability(
             at = order[rank == turn]
             before = total[w.frame[at]]
             after = np.zeros_like(before)
-            for number in range(min(share.shape[1], max_targets + 1)):
-                kept = before[:, : max_targets + 1 - number]
-                after[:, number:] += share[at, number, None] * kept
+            for number in range(share.shape[1]):
+                fitting = max(max_targets + 1 - number, 0)
+                after[:, number:] += share[at, number, None] * before[:, :fitting]
+                after[:, -1] += share[at, number] * before[:, fitting:].sum(1)
             total[w.frame[at]] = after
-    return total / np.maximum(total.sum(1, keepdims=True), 1e-300)
+    return total
 
 
 def _rows(tree: Any, index: np.ndarray) -> Any:

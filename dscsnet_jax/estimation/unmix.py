@@ -19,7 +19,7 @@ from dscsnet_jax.estimation.network_map import check_width, read_maps, read_wind
 from dscsnet_jax.estimation.observe import Observation, observe
 from dscsnet_jax.estimation.offgrid import ESTIMATES, fit_width, solve
 from dscsnet_jax.estimation.prior import ScenePrior, preset_prior
-from dscsnet_jax.io.frames import as_frames
+from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.physics.scene import Preset, presets
 from dscsnet_jax.physics.targets import Targets, no_targets
@@ -27,6 +27,7 @@ from dscsnet_jax.physics.targets import Targets, no_targets
 METHODS = ("dscsnet", "grid", "greedy")
 READOUTS = ("peaks", "cells")
 DEFAULT_WEIGHTS = "varied_c3"
+_ROOM = 16
 
 
 @functools.lru_cache(maxsize=8)
@@ -177,20 +178,22 @@ def unmix(
     if not isinstance(weights, Weights):
         weights = _load(weights)
     if saturation is None:
-        saturation = _full_well(y.dtype, weights if named else None)
+        own = full_well(getattr(frames, "dtype", float))
+        saturation = own if np.isfinite(own) or not named else _trained_well(weights)
     with np.errstate(over="ignore"):  # counts beyond float32 become infinite, and so invalid
         y = as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
-    slots = max(16, y.shape[1] * y.shape[2] // 8) if max_targets is None else max_targets
+    slots = max(_ROOM, y.shape[1] * y.shape[2] // 8) if max_targets is None else max_targets
     if slots < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
     width = np.broadcast_to(weights.metadata.geometry.sigma if sigma is None else sigma, 2)
     prior = ScenePrior() if prior is None else prior
     observation = _observed(y, width, noise, background, saturation, gain)
-    maps, found, over = None, no_targets(len(y), slots), np.zeros(len(y), bool)
+    room = max(_ROOM, slots)  # what is too much is left out at the end, not before the fit
+    maps, found, over = None, no_targets(len(y), room), np.zeros(len(y), bool)
     given = observation, weights, prior
     how: dict[str, Any] = {
         "threshold": threshold,
-        "max_targets": slots,
+        "max_targets": slots if method == "grid" else room,
         "batch_size": batch_size,
     }
     if method != "greedy":
@@ -242,12 +245,9 @@ def _load(weights: str | Path | None) -> Weights:
     return load_weights(weights) if "." in name or "/" in name else pretrained(name)
 
 
-def _full_well(dtype: np.dtype, weights: Weights | None) -> float:
-    """Full well of the frames' type, or of the sensor that given weights were trained for."""
-    if dtype in (np.uint8, np.uint16):
-        return float(np.iinfo(dtype).max)
-    trained = "" if weights is None else weights.metadata.training.get("preset", "")
-    preset = presets().get(trained)
+def _trained_well(weights: Weights) -> float:
+    """Full well of the sensor that weights were trained for, counts; inf if not known."""
+    preset = presets().get(weights.metadata.training.get("preset", ""))
     if preset is None or preset.variation is not None:
         return float("inf")
     return float(preset.sensor.saturation)

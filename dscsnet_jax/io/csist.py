@@ -46,6 +46,7 @@ class CsistSplit:
       frames: (B, N, M) counts; float32 from PNG.
       targets: float64 `Targets`, (B, K, ...), row and col in pixels, counts.
       sigma: PSF standard deviation of all frames, pixels.
+      full_well: counts at which the frames' type saturates, inf if it does not.
     """
 
     ids: np.ndarray
@@ -53,6 +54,7 @@ class CsistSplit:
     frames: np.ndarray
     targets: Targets
     sigma: float
+    full_well: float = float("inf")
 
 
 def write_csist(
@@ -168,8 +170,8 @@ def read_csist(root: str | Path, *, one_based: bool = False) -> CsistSplit:
     if len(stacks) > 1:
         odd = stacks[1]
         raise ValueError(
-            f"{root / IMAGES}: {odd.names[0]} has {odd.frames.shape[1:]} {odd.frames.dtype} "
-            f"pixels, the frames before it {stacks[0].frames.shape[1:]} {stacks[0].frames.dtype}"
+            f"{root / IMAGES}: {odd.names[0]} has pixels {odd.kind}, "
+            f"the frames before it {stacks[0].kind}"
         )
     names, frames = stacks[0].names, stacks[0].frames
     if len(names) != len(ids):
@@ -184,7 +186,8 @@ def read_csist(root: str | Path, *, one_based: bool = False) -> CsistSplit:
         sigmas.append(sigma)
         if sigma != sigmas[0]:
             raise ValueError(f"{annotations[i][0]}: sigma is {sigma}, before it {sigmas[0]}")
-    return CsistSplit(np.array(ids), names, frames, from_lists(tables), sigmas[0])
+    targets, well = from_lists(tables), stacks[0].full_well
+    return CsistSplit(np.array(ids), names, frames, targets, sigmas[0], well)
 
 
 def _by_id(root: Path, folder: str, pattern: re.Pattern[str]) -> dict[int, list[Path]]:

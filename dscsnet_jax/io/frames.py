@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from dscsnet_jax.io.formats import SUFFIXES, decode
 
@@ -24,13 +24,32 @@ class FrameStack:
     Attributes:
       names: per frame the file's name, or `name.npy[index]` for one of an array or stack.
       frames: (B, N, M) float32 or float64 counts.
+      full_well: counts at which the frames' type saturates; see `full_well`.
     """
 
     names: tuple[str, ...]
     frames: np.ndarray
+    full_well: float = float("inf")
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def kind(self) -> str:
+        """What all frames of a stack have in common, in words."""
+        limit = "" if self.full_well == float("inf") else f" up to {self.full_well:.0f} counts"
+        return f"{self.frames.shape[1:]} {self.frames.dtype}{limit}"
+
+
+def full_well(dtype: DTypeLike) -> float:
+    """Counts at which pixels of a type saturate: of 8 and 16 bits; others never do.
+
+    Example:
+      >>> full_well(np.uint8), full_well(float)
+      (255.0, inf)
+    """
+    known = np.dtype(dtype) in (np.uint8, np.uint16)
+    return float(np.iinfo(dtype).max) if known else float("inf")
 
 
 def as_frames(array: ArrayLike, *, mask_invalid: bool = False, name: str = "frames") -> np.ndarray:
@@ -131,7 +150,7 @@ def read_frames(path: str | Path, *, mask_invalid: bool = False) -> FrameStack:
     """
     stacks = read_many([path], mask_invalid=mask_invalid)
     if len(stacks) > 1:
-        kinds = sorted({f"{s.frames.shape[1:]} {s.frames.dtype}" for s in stacks})
+        kinds = sorted({s.kind for s in stacks})
         raise ValueError(
             f"{path}: expected frames of one size and type, got {', '.join(kinds)}; "
             "read_many returns one stack for each"
@@ -168,7 +187,7 @@ def read_many(paths: Sequence[str | Path], *, mask_invalid: bool = False) -> lis
     stacks = (
         _read_file(file, label, mask_invalid) for file, label in zip(files, labels, strict=True)
     )
-    runs = groupby(stacks, key=lambda s: (s.frames.shape[1:], s.frames.dtype))
+    runs = groupby(stacks, key=lambda s: s.kind)
     return [_join(run) for _, run in runs]
 
 
@@ -205,7 +224,7 @@ def _read_file(path: Path, label: str, mask_invalid: bool) -> FrameStack:
     array, is_image = decode(path)
     frames = as_frames(array, mask_invalid=mask_invalid, name=str(path))
     names = (label,) if is_image else tuple(f"{label}[{i}]" for i in range(len(frames)))
-    return FrameStack(names=names, frames=frames)
+    return FrameStack(names=names, frames=frames, full_well=full_well(array.dtype))
 
 
 def _join(run: Iterable[FrameStack]) -> FrameStack:
@@ -216,4 +235,5 @@ def _join(run: Iterable[FrameStack]) -> FrameStack:
     return FrameStack(
         names=tuple(name for stack in stacks for name in stack.names),
         frames=np.concatenate([stack.frames for stack in stacks]),
+        full_well=stacks[0].full_well,
     )

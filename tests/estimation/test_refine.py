@@ -133,12 +133,42 @@ def test_error_bars_are_the_cramer_rao_bounds(x64: None, gain: float | None) -> 
         np.testing.assert_allclose(
             got / np.outer(scale, scale), expected / np.outer(scale, scale), atol=1e-6
         )
-    # No direction is wider than the frame, or brighter than all of it.
+    # No direction is wider than the frame, than the bend of a blend allows, or brighter
+    # than all of the frame.
     all_counts = np.asarray(jit_render(TRUTH)).sum((1, 2))
     for i, present in enumerate(slots):
-        scene = np.tile([12 / 11**2, 12 / 11**2, 12 / all_counts[i] ** 2], len(present) // 3)
+        bend = bends(fit.targets.position[i], fit.targets.intensity[i], TRUTH.mask[i], gain)
+        energy = np.full_like(bend, 12 / all_counts[i] ** 2)
+        scene = np.stack([12 / 11**2 + bend, 12 / 11**2 + bend, energy], -1).ravel()
         whole = information[i] + np.diag(np.where(present, scene, 0))
         np.testing.assert_allclose(fit.log_determinant[i], np.linalg.slogdet(whole)[1], rtol=1e-5)
+
+
+def bends(
+    position: jax.Array, intensity: jax.Array, mask: np.ndarray, gain: float | None
+) -> np.ndarray:
+    """(K,) information on the place of targets that lie on each other, of read noise 2."""
+    place, sigma = np.asarray(position), OPTICS["sigma"]
+    apart2 = ((place[:, None] - place[None]) ** 2).sum(-1)
+    apart2[~mask[:, None] | ~mask[None] | np.eye(len(mask), dtype=bool)] = np.inf
+    value = np.where(mask, np.asarray(intensity), 0)
+    noise = np.sqrt(4.0 + (0 if gain is None else value / gain))
+    quartic = value / 2 * np.sqrt(3 / (16 * np.pi)) / (sigma**3 * noise)
+    return 1.35 * quartic * np.exp(-2 * apart2.min(1) / sigma**2)
+
+
+def test_a_quartic_well_is_as_wide_as_its_gaussian() -> None:
+    """What `_log_determinant` takes the bend for: equal integrals, for any `q`."""
+    for q in (0.3, 20.0):
+        x = np.linspace(-30, 30, 2_000_001) / np.sqrt(q)
+        well = np.exp(-((q * x**2) ** 2) / 2).sum() * (x[1] - x[0])
+        np.testing.assert_allclose(well, np.sqrt(2 * np.pi / (1.35 * q)), rtol=2e-3)
+    # And the norm of the second derivative of a Gaussian PSF of width 1.
+    x = np.linspace(-9, 9, 4001)
+    bend = (x**2 - 1) * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    across = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    norm2 = (bend**2).sum() * (across**2).sum() * (x[1] - x[0]) ** 2
+    np.testing.assert_allclose(norm2, 3 / (16 * np.pi), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Windows: groups are cut out whole, see nobody else, and come back where they were."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.special import erf
@@ -110,16 +112,22 @@ def test_cut_and_join_is_the_identity(
 def test_a_window_sees_the_pixels_of_its_frame_and_no_others(
     scenes: tuple[Observation, Targets],
 ) -> None:
-    observation, truth = scenes
-    outside = 0
-    for w in cut(observation, truth, fit_shapes(SIGMA))[0]:
-        side = w.observation.counts.shape[1]
-        for frame, origin, valid in zip(w.frame, w.origin, w.observation.valid, strict=True):
-            whole = np.pad(observation.valid[frame], 30)
-            row, col = origin + 30
-            np.testing.assert_array_equal(valid, whole[row : row + side, col : col + side])
-            outside += (~valid).sum()
-    assert outside > 50  # groups at the border
+    whole, truth = scenes
+    outside = []
+    for size in (whole.counts.shape[1], 5):
+        images = {k: getattr(whole, k)[:, :size, :size] for k in ("counts", "valid", "saturated")}
+        observation = dataclasses.replace(whole, **images)
+        outside.append(0)
+        for w in cut(observation, truth, fit_shapes(SIGMA))[0]:
+            side = w.observation.counts.shape[1]
+            for frame, origin, valid in zip(w.frame, w.origin, w.observation.valid, strict=True):
+                around = np.pad(observation.valid[frame], 30)
+                row, col = origin + 30
+                np.testing.assert_array_equal(valid, around[row : row + side, col : col + side])
+                outside[-1] += (~valid).sum()
+    # Windows lie within frames that are larger, and around those that are smaller.
+    assert outside[0] == (~whole.valid).sum()
+    assert outside[1] > 50
 
 
 def test_only_the_own_group_is_left_in_a_window(scenes: tuple[Observation, Targets]) -> None:

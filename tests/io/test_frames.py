@@ -379,7 +379,9 @@ def test_sizes_are_grouped_without_losing_order(tmp_path: Path) -> None:
     ]
     assert [s.frames[0, 0, 0] for s in stacks] == [ord("a"), ord("c"), ord("d"), 1.5]
     assert [len(s) for s in stacks] == [2, 1, 1, 2]
-    with pytest.raises(ValueError, match=r"one size and type, got \(3, 3\) float32, .*\(4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"one size and type, got \(3, 3\) float32 up to 255 counts, .*\(4, 4\)"
+    ):
         read_frames(tmp_path)
 
 

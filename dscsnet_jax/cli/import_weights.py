@@ -1,0 +1,75 @@
+"""`dscsnet import-weights`: a published PyTorch checkpoint in, weights of ours out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from dscsnet_jax.cli import options
+from dscsnet_jax.io.outputs import prepare_output
+from dscsnet_jax.io.torch_checkpoint import read_initial_matrix, read_state
+from dscsnet_jax.io.weights import Metadata, geometry_of, save_weights
+from dscsnet_jax.physics.optics import sensing_operator
+from dscsnet_jax.unfolding.baselines.published import import_state, methods
+from dscsnet_jax.unfolding.network import num_parameters
+
+EXAMPLE = options.examples(
+    [
+        "dscsnet import-weights dista.pth --method dista_net --initial-matrix Q_3.mat "
+        "--out dista.safetensors",
+    ]
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("checkpoint", type=Path, metavar="FILE.pth", help="a file of torch.save")
+    parser.add_argument("--method", required=True, choices=methods(), help="whose weights they are")
+    parser.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument(
+        "--sigma", type=options.length, default=0.5, help="PSF width, pixels (default 0.5)"
+    )
+    parser.add_argument(
+        "--division", type=options.positive, default=3, help="cells per pixel side (default 3)"
+    )
+    parser.add_argument(
+        "--frame-size", type=options.positive, default=11, help="pixels per side (default 11)"
+    )
+    parser.add_argument(
+        "--initial-matrix",
+        type=Path,
+        metavar="Q.mat",
+        help="the published initial matrix, which checkpoints lack: a MATLAB file with Qinit, "
+        "or .npy; without it the start is another than the weights were trained for",
+    )
+    parser.add_argument(
+        "--branch-weight",
+        type=options.counts,
+        help="dista_net: weight of the static branch, which checkpoints lack (default 0.7)",
+    )
+    options.add_force(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, convert, write and print what it is."""
+    if args.branch_weight is not None and args.method != "dista_net":
+        raise ValueError(f"--branch-weight is of dista_net, not of {args.method}")
+    prepare_output(args.out, force=args.force)
+    state = read_state(args.checkpoint)
+    initial = None if args.initial_matrix is None else read_initial_matrix(args.initial_matrix)
+    operator = sensing_operator(args.frame_size, division=args.division, sigma=args.sigma)
+    fields = {} if args.branch_weight is None else {"branch_weight": args.branch_weight}
+    try:
+        network, params = import_state(args.method, state, operator, initial=initial, **fields)
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint}: {error}") from error
+    metadata = Metadata(
+        method=args.method,
+        config=dataclasses.asdict(network.config),
+        geometry=geometry_of(operator),
+        training={"imported_from": args.checkpoint.name},
+    )
+    save_weights(args.out, params, metadata, force=args.force)
+    print(f"{args.method}: {num_parameters(params)} parameters\nweights: {args.out}")
+    return 0
