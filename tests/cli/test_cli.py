@@ -215,7 +215,7 @@ def test_unmix_of_a_folder_gives_a_row_a_target(
     folder = data_dir / "csist_sample" / "cso_img"
     assert main(["unmix", str(folder), "--out", str(out), *GRID]) == 0
     frames = read_frames(folder)
-    answer = library.unmix(frames.frames, method="grid")
+    answer = library.unmix(frames.frames, method="grid", saturation=frames.full_well)
     count = np.asarray(answer.targets.count)
     summary, stderr = capsys.readouterr()
     assert stderr == ""
