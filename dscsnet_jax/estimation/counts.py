@@ -39,8 +39,9 @@ _FEW = 32  # frames compared at once: only some are in doubt, and ever fewer
 _SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2
 _UNEXPLAINED = 3.0  # standard deviations of chi square
 _DOUBTFUL_SNR = 6.0
-_DOUBTFUL_INTENSITY = 2.0  # standard deviations of the prior
-_CLOSE = 1.0  # PSF sigmas
+_DOUBTFUL_INTENSITY = 2.0  # standard deviations expected of fits
+_LEAST_SPREAD = 0.01  # of the prior's variance
+_CLOSE = 1.3  # PSF sigmas
 _TURNS = (np.pi, np.pi / 2, np.pi / 4)
 
 
@@ -163,11 +164,34 @@ def _in_doubt(fit: Fit, observation: Observation, prior: ScenePrior) -> jax.Arra
     freedom = jnp.maximum(fit.num_pixels - 3 * mask.sum(-1), 1)
     unexplained = fit.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2.0 * freedom)
     weak = mask & ~(intensity > _DOUBTFUL_SNR * fit.std[..., 2])
+    unlikely = jnp.zeros_like(unexplained)
     if prior.intensity is not None:
-        mean, std = prior.intensity_moments()
-        weak = weak | (mask & (jnp.abs(intensity - mean) > _DOUBTFUL_INTENSITY * std))
+        unlikely = _unlikely_intensities(fit, prior)
     close = _closest(fit.targets)[0] < _CLOSE * observation.sigma.mean(-1)
-    return unexplained | weak.any(-1) | close | ~fit.converged
+    return unexplained | unlikely | weak.any(-1) | close | ~fit.converged
+
+
+def _unlikely_intensities(fit: Fit, prior: ScenePrior) -> jax.Array:
+    """(B,) bool: a target, or all together, brighter or fainter than the prior expects.
+
+    The fit draws intensities to the prior's mean the more, the less the frame tells: over
+    scenes, fitted ones vary by the variance of the prior less that of the posterior.
+    """
+    mask = fit.targets.mask
+    mean, std = prior.intensity_moments()
+    off = jnp.where(mask, fit.targets.intensity - mean, 0)
+    covariance = fit.covariance[..., 2::3, 2::3]
+    both = mask[..., :, None] & mask[..., None, :]
+    covariance = jnp.where(both & jnp.isfinite(covariance), covariance, 0)
+    alone = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    number = mask.sum(-1)
+
+    def far(off: jax.Array, prior_variance: jax.Array, variance: jax.Array) -> jax.Array:
+        expected = jnp.maximum(prior_variance - variance, _LEAST_SPREAD * prior_variance)
+        return off**2 > _DOUBTFUL_INTENSITY**2 * expected
+
+    total = far(off.sum(-1), number * std**2, covariance.sum((-2, -1)))
+    return far(off, std**2, alone).any(-1) | total
 
 
 @partial(jax.jit, static_argnames="only_add")
