@@ -87,6 +87,16 @@ def in_blocks(function: Callable[..., Any], batched: Any, *shared: Any, size: in
     return jax.tree.map(lambda *a: np.concatenate(a)[:length], *answers)
 
 
+def take_rows(tree: Any, index: np.ndarray) -> Any:
+    """Some rows of every array of a pytree, as NumPy arrays.
+
+    Example:
+      >>> take_rows({"a": np.arange(4)}, np.array([2, 0]))["a"].tolist()
+      [2, 0]
+    """
+    return jax.tree.map(lambda a: np.asarray(a)[index], tree)
+
+
 @contextlib.contextmanager
 def _set(settings: dict[str, Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:

@@ -23,19 +23,18 @@ import numpy as np
 from jax.scipy.special import gammaln
 
 from dscsnet_jax.estimation import spd
-from dscsnet_jax.estimation.blocks import in_blocks
+from dscsnet_jax.estimation.blocks import in_blocks, take_rows
 from dscsnet_jax.estimation.detect import matched_filter, places
 from dscsnet_jax.estimation.objective import pixel_std
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
-from dscsnet_jax.estimation.refine import Fit, all_counts, refine, refine_frames
+from dscsnet_jax.estimation.refine import Fit, all_counts, refine_frames
 from dscsnet_jax.physics import limits, optics
 from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
-_SHORT_FIT = 16  # iterations: enough to tell which change is best
+_HEATS = ((6, 3), (10, 1))  # iterations of the candidates' fits, and how many of a frame go on
 _MARGIN = 0.5  # pixels beyond the border where a target may still be
-_FEW = 32  # frames compared at once: only some are in doubt, and ever fewer
 _SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2
 _UNEXPLAINED = 3.0  # standard deviations of chi square
 _DOUBTFUL_SNR = 6.0
@@ -124,7 +123,6 @@ def select_count(
     Returns:
       `Selected`, as NumPy arrays.
     """
-    compare = partial(_compare, only_add=only_add)
     evidence, doubt = in_blocks(_assess, (fit, observation), prior)
     fit, evidence = jax.tree.map(np.array, (fit, evidence))
     number = fit.targets.mask.sum(-1)
@@ -134,13 +132,13 @@ def select_count(
     for _ in range(max_rounds):
         if not len(todo):
             break
-        some = jax.tree.map(lambda a, i=todo: np.asarray(a)[i], (fit, observation))
-        start, better, tried = in_blocks(compare, some, prior, size=_FEW)
-        table[todo] = np.maximum(table[todo], tried)
-        todo, seen, start = jax.tree.map(lambda a, i=better: a[i], (todo, some[1], start))
-        new = refine_frames(seen, start, prior)
-        reached, _ = in_blocks(_assess, (new, seen), prior)
-        number = new.targets.mask.sum(-1)
+        seen, some = take_rows((observation, fit), todo)
+        found = _candidates(todo, seen, some, prior, only_add)
+        found, hopeful = _contest(found, prior, table)
+        found = take_rows(found, np.flatnonzero(hopeful > evidence[found.frame]))
+        new = refine_frames(found.observation, found.targets, prior)
+        reached, _ = in_blocks(_assess, (new, found.observation), prior)
+        todo, number = found.frame, new.targets.mask.sum(-1)
         table[todo, number] = np.maximum(table[todo, number], reached)
         better, changed = reached > evidence[todo], number != fit.targets.mask[todo].sum(-1)
         evidence[todo[better]] = reached[better]
@@ -194,47 +192,63 @@ def _unlikely_intensities(fit: Fit, prior: ScenePrior) -> jax.Array:
     return far(off, std**2, alone).any(-1) | total
 
 
-@partial(jax.jit, static_argnames="only_add")
-def _compare(
-    fit_and_frames: tuple[Fit, Observation],
-    prior: ScenePrior,
-    *,
-    only_add: bool,
-) -> tuple[Targets, jax.Array, jax.Array]:
-    """Best of keeping and of all changes after some iterations.
+class _Candidates(NamedTuple):
+    """Other starts of frames, one row a start: the frame's number, its pixels, targets."""
 
-    Returns:
-      Its targets, (B,) bool whether it is a change, and (B, K+1) evidence of each count.
+    frame: np.ndarray
+    observation: Observation
+    targets: Targets
+
+
+def _candidates(
+    frame: np.ndarray, observation: Observation, fit: Fit, prior: ScenePrior, only_add: bool
+) -> _Candidates:
+    """All changes of the fits that are one."""
+    given = (fit.targets, fit.std, observation, fit.background)
+    changes = in_blocks(partial(_all_changes, only_add=only_add), given, prior)
+    mine = jax.tree.map(lambda a: np.asarray(a)[:, None], fit.targets)
+    other = (changes.mask != mine.mask).any(-1) | (changes.position != mine.position).any((-2, -1))
+    row, change = np.nonzero(other)
+    targets = jax.tree.map(lambda a: a[row, change], changes)
+    return _Candidates(frame[row], take_rows(observation, row), targets)
+
+
+def _contest(
+    candidates: _Candidates, prior: ScenePrior, table: np.ndarray
+) -> tuple[_Candidates, np.ndarray]:
+    """The best candidate of each frame and its evidence, after fits of some iterations.
+
+    All run the first heat, the best of each frame the second; `table` (frames, K+1) takes
+    the evidence that the counts reach.
     """
-    fit, observation = fit_and_frames
-    starts = jax.vmap(partial(_changes, prior=prior, only_add=only_add))(
-        fit.targets, fit.std, observation, fit.background
-    )
-    best, own = fit.targets, log_evidence(fit, observation, prior)
-    number = best.mask.sum(-1)
-    frame = jnp.arange(len(number))
-    table = jnp.full((len(number), best.mask.shape[-1] + 1), -jnp.inf)
-    table = table.at[frame, number].set(own)
-    # All changes in one fit: what is not there to be fitted apart costs no time apart.
-    stacked = jax.tree.map(lambda *a: jnp.concatenate(a), *starts)
-    repeated = jax.tree.map(lambda a: jnp.concatenate([a] * len(starts)), observation)
-    others = refine(repeated, stacked, prior, num_iterations=_SHORT_FIT)
-    evidences = log_evidence(others, repeated, prior).reshape(len(starts), -1)
-    best_evidence = own
-    for index, evidence in enumerate(evidences):
-        other = jax.tree.map(
-            lambda a, i=index: a[i * len(frame) : (i + 1) * len(frame)], others.targets
+    evidence = np.zeros(0, table.dtype)
+    for iterations, winners in _HEATS:
+        fit = refine_frames(
+            candidates.observation, candidates.targets, prior, num_iterations=iterations
         )
-        evidence = jnp.where(jnp.isfinite(evidence), evidence, -jnp.inf)
-        table = table.at[frame, other.mask.sum(-1)].max(evidence)
-        better = evidence > best_evidence
-        best_evidence = jnp.maximum(best_evidence, evidence)
-        best = jax.tree.map(
-            lambda a, b, better=better: jnp.where(jnp.expand_dims(better, range(1, a.ndim)), a, b),
-            other,
-            best,
-        )
-    return best, best_evidence > own, table
+        evidence, _ = in_blocks(_assess, (fit, candidates.observation), prior)
+        evidence = np.where(np.isfinite(evidence), evidence, -np.inf)
+        np.maximum.at(table, (candidates.frame, fit.targets.mask.sum(-1)), evidence)
+        kept = _leading(candidates.frame, evidence, winners)
+        candidates = candidates._replace(targets=fit.targets)
+        candidates, evidence = take_rows((candidates, evidence), kept)
+    return candidates, evidence
+
+
+def _leading(frame: np.ndarray, value: np.ndarray, number: int) -> np.ndarray:
+    """Rows with the largest values of each frame, ordered by frame."""
+    order = np.lexsort((-value, frame))
+    rank = np.arange(len(order)) - np.searchsorted(frame[order], frame[order])
+    return order[(rank < number) & np.isfinite(value[order])]
+
+
+@partial(jax.jit, static_argnames="only_add")
+def _all_changes(
+    given: tuple[Targets, jax.Array, Observation, jax.Array], prior: ScenePrior, *, only_add: bool
+) -> Targets:
+    """`_changes` of B frames, stacked: `Targets` (B, changes, K, ...)."""
+    changes = jax.vmap(partial(_changes, prior=prior, only_add=only_add))(*given)
+    return jax.tree.map(lambda *a: jnp.stack(a, 1), *changes)
 
 
 def _changes(

@@ -143,7 +143,7 @@ def read_windows(
         least_energy=least_energy(prior),
         least_snr=_FAINTEST_SNR,
     )
-    shapes = windows.fit_shapes(float(observation.sigma.max(initial=0.1)))
+    shapes = windows.exact_shapes(float(observation.sigma.max(initial=0.1)))[2:]
     cuts, crowded = windows.cut(observation, peaks, shapes)
     parts = []
     for w in cuts:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize
 
 from dscsnet_jax.estimation import windows
-from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
+from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks, take_rows
 from dscsnet_jax.estimation.counts import Selected, select_count
 from dscsnet_jax.estimation.detect import peaks_of
 from dscsnet_jax.estimation.observe import Observation, observe
@@ -217,7 +217,7 @@ def _counted(
     done: list[tuple[windows.Windows, Selected]] = []
     crowded = np.zeros(num_frames, bool)
     for last in [False] * (_SEARCHES - 1) + [True]:
-        some = _rows(observation, todo)
+        some = take_rows(observation, todo)
         parts, full = _fitted(some, start, prior, spare=1)
         crowded[todo] |= full
         counted = [
@@ -231,9 +231,9 @@ def _counted(
         kept = ~np.isin(np.arange(len(todo)), again)
         for w, s in counted:
             of_kept = kept[w.frame]
-            w, s = _rows((w, s), np.flatnonzero(of_kept))
+            w, s = take_rows((w, s), np.flatnonzero(of_kept))
             done.append((w._replace(frame=todo[w.frame]), s))
-        todo, start = todo[again], _rows(more, again)
+        todo, start = todo[again], take_rows(more, again)
         if not len(todo):
             break
     return done, crowded
@@ -365,10 +365,6 @@ def _count_probability(
                 after[:, -1] += share[at, number] * before[:, fitting:].sum(1)
             total[w.frame[at]] = after
     return total
-
-
-def _rows(tree: Any, index: np.ndarray) -> Any:
-    return jax.tree.map(lambda a: np.asarray(a)[index], tree)
 
 
 def _largest_sigma(observation: Observation) -> float:

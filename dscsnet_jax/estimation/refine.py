@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.estimation import spd
-from dscsnet_jax.estimation.blocks import in_blocks
+from dscsnet_jax.estimation.blocks import in_blocks, take_rows
 from dscsnet_jax.estimation.objective import Residuals, pack, residuals, unpack
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
@@ -127,18 +127,26 @@ def refine(
     return jax.vmap(one)(observation, start)
 
 
-def refine_frames(observation: Observation, start: Targets, prior: ScenePrior) -> Fit:
+def refine_frames(
+    observation: Observation,
+    start: Targets,
+    prior: ScenePrior,
+    *,
+    num_iterations: int | None = None,
+) -> Fit:
     """`refine` for any number of frames, block by block, as NumPy arrays.
 
-    Fits that have not converged after some iterations go on, gathered into blocks, so that
-    few slow ones do not cost all the others their time.
+    Without a number of iterations, fits that have not converged after some go on, gathered
+    into blocks, so that few slow ones do not cost all the others their time.
     """
-    fit = in_blocks(_refine_block, (observation, start), prior, np.int32(_FIRST_ITERATIONS))
+    first = _FIRST_ITERATIONS if num_iterations is None else num_iterations
+    fit = in_blocks(_refine_block, (observation, start), prior, np.int32(first))
     slow = np.flatnonzero(~fit.converged)
-    if not len(slow):
+    if num_iterations is not None or not len(slow):
         return fit
-    some = jax.tree.map(lambda a: np.asarray(a)[slow], (observation, fit.targets))
-    more = in_blocks(_refine_block, some, prior, np.int32(NUM_ITERATIONS))
+    more = in_blocks(
+        _refine_block, take_rows((observation, fit.targets), slow), prior, np.int32(NUM_ITERATIONS)
+    )
     return jax.tree.map(lambda old, new: _with_rows(old, slow, new), fit, more)
 
 

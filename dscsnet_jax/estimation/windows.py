@@ -52,15 +52,15 @@ def fit_shapes(sigma: float) -> tuple[Shape, ...]:
 
     Example:
       >>> fit_shapes(0.5)[0]
-      Shape(side=7, slots=6)
+      Shape(side=7, slots=4)
     """
     base = 2 * int(np.ceil(_REACH * sigma)) + 3
-    return Shape(base, 6), Shape(base + 4, 12), Shape(2 * base, 24)
+    return Shape(base, 4), Shape(base, 6), Shape(base + 4, 12), Shape(2 * base, 24)
 
 
 def exact_shapes(sigma: float) -> tuple[Shape, ...]:
     """Shapes for sampling, with as few empty slots as possible."""
-    small, middle, large = fit_shapes(sigma)
+    _, small, middle, large = fit_shapes(sigma)
     few = tuple(Shape(small.side, slots) for slots in (2, 4, 6))
     return *few, Shape(middle.side, 8), Shape(middle.side, 12), large
 
