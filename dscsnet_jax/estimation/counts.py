@@ -6,9 +6,9 @@ prior's density `p` at the fit,
     log Z = log likelihood + log p + d/2 log(2 pi) - 1/2 log det F + log n!
 
 The start is the read-out's count. Frames whose fit the noise does not explain, or whose
-targets are in doubt, are compared with one target less (the faintest removed, the closest
-pair or all of them merged), one more (added at the residual's peak, or the target that looks most
-extended split in two), and as many turned about their centre of energy.
+targets are in doubt, are compared with fewer targets (the faintest or all faint ones removed,
+the closest pair or all of them merged), one more (added at the residual's peak, or the target
+that looks most extended split in two), and as many turned about their centre of energy.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from dscsnet_jax.physics import limits, optics
 from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
-_HEATS = ((6, 3), (10, 1))  # iterations of the candidates' fits, and how many of a frame go on
+_HEATS = ((8, 3), (12, 1))  # iterations of the candidates' fits, and how many of a frame go on
 _MARGIN = 0.5  # pixels beyond the border where a target may still be
 _SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2
 _UNEXPLAINED = 3.0  # standard deviations of chi square
 _DOUBTFUL_SNR = 6.0
 _DOUBTFUL_INTENSITY = 2.0  # standard deviations expected of fits
 _LEAST_SPREAD = 0.01  # of the prior's variance
+_FAINT = 0.1  # of the brightest: companions that a poor fit of bright ones asks for
 _CLOSE = 1.3  # PSF sigmas
 _TURNS = (np.pi, np.pi / 2, np.pi / 4)
 
@@ -272,6 +273,7 @@ def _changes(
     return [
         added,
         _without_faintest(targets, std),
+        _masked(targets, targets.mask & (targets.intensity >= _FAINT * targets.intensity.max())),
         _with_closest_merged(targets),
         _as_one(targets),
         _with_one_split(targets, residual, weight, observation.sigma),
