@@ -71,7 +71,9 @@ def read_maps(
     The network sees the PSF it was trained for; the fit takes the true one.
     """
     background = observation.background[:, None, None]
-    y = _fill_invalid(observation.counts - background, observation.valid)
+    # Saturated pixels hold the least value that rounds to the full well; it was trained on that.
+    recorded = np.where(observation.saturated, np.ceil(observation.counts), observation.counts)
+    y = _fill_invalid((recorded - background).astype(background.dtype), observation.valid)
     geometry = weights.metadata.geometry
     network = network_of(weights)
     nominal = np.asarray(geometry.sigma, np.float32)

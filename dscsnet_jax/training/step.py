@@ -78,7 +78,7 @@ def init_state(
     """First state: given parameters, or new ones drawn from `seed`, independent of its data."""
     if params is None:
         key = jax.random.fold_in(jax.random.key(seed), _PARAMETER_STREAM)
-        params = network.init(key, operator)
+        params = jax.jit(network.init)(key, operator)
     # A weakly typed leaf would become a strong one in the first step and compile a second.
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
