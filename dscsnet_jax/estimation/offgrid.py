@@ -27,7 +27,7 @@ from dscsnet_jax.physics.targets import Targets, from_arrays
 
 ESTIMATES = ("mean", "map")
 _WIDTH_REACHES = (0.3, 0.1)  # of the factor's logarithm, in each pass
-_SEARCHES = 2  # for targets that the start had missed
+_SEARCHES = 3  # for targets that the start had missed, and for room
 _CLIP = 4.0  # standard deviations
 _LEAST_OF_GUESS = 0.5  # a fit of few pixels may leave next to nothing
 
@@ -210,7 +210,7 @@ def _fitted(
 def _counted(
     observation: Observation, start: Targets, prior: ScenePrior, greedy: bool, max_targets: int
 ) -> tuple[list[tuple[windows.Windows, Selected]], np.ndarray]:
-    """Fits with their counts selected; frames with targets missed are done once more."""
+    """Fits with their counts selected; frames that lack targets or slots are done again."""
     num_frames = len(observation.counts)
     start = _with_missed(observation, start, prior, max_targets)
     todo = np.arange(num_frames)
@@ -227,7 +227,10 @@ def _counted(
             [(w, s.fit.targets, ()) for w, s in counted], len(todo), max_targets
         )
         more = _with_missed(some, found, prior, max_targets)
-        again = np.flatnonzero(more.mask.sum(1) > found.mask.sum(1)) if not last else todo[:0]
+        unfinished = more.mask.sum(1) > found.mask.sum(1)
+        for w, s in counted:  # no slot left to add another target: a larger window has some
+            unfinished[w.frame[np.asarray(s.fit.targets.mask).all(1)]] = True
+        again = np.flatnonzero(unfinished) if not last else todo[:0]
         kept = ~np.isin(np.arange(len(todo)), again)
         for w, s in counted:
             of_kept = kept[w.frame]
