@@ -43,6 +43,8 @@ _LEAST_SPREAD = 0.01  # of the prior's variance
 _FAINT = 0.1  # of the brightest: companions that a poor fit of bright ones asks for
 _CLOSE = 1.3  # PSF sigmas
 _TURNS = (np.pi, np.pi / 2, np.pi / 4)
+_NEAR_CHANGES = 1 + len(_TURNS)  # the last ones of `_changes`
+_NEAR, _DOUBTED = 1, 2  # degrees of doubt
 
 
 class Selected(NamedTuple):
@@ -125,20 +127,23 @@ def select_count(
       `Selected`, as NumPy arrays.
     """
     evidence, doubt = in_blocks(_assess, (fit, observation), prior)
-    fit, evidence = jax.tree.map(np.array, (fit, evidence))
+    fit, evidence, doubt = jax.tree.map(np.array, (fit, evidence, doubt))
     number = fit.targets.mask.sum(-1)
     table = np.full((len(number), fit.targets.mask.shape[-1] + 1), -np.inf, evidence.dtype)
     table[np.arange(len(number)), number] = evidence
-    todo = np.flatnonzero(doubt | only_add)
+    todo = np.flatnonzero((doubt > 0) | only_add)
     for _ in range(max_rounds):
         if not len(todo):
             break
         seen, some = take_rows((observation, fit), todo)
         found = _candidates(todo, seen, some, prior, only_add)
+        few = (doubt[found.frame] == _NEAR) & ~found.near & (not only_add)
+        found = take_rows(found, np.flatnonzero(~few))
         found, hopeful = _contest(found, prior, table)
         found = take_rows(found, np.flatnonzero(hopeful > evidence[found.frame]))
         new = refine_frames(found.observation, found.targets, prior)
         reached, _ = in_blocks(_assess, (new, found.observation), prior)
+        doubt[found.frame] = _DOUBTED  # in a further round
         todo, number = found.frame, new.targets.mask.sum(-1)
         table[todo, number] = np.maximum(table[todo, number], reached)
         better, changed = reached > evidence[todo], number != fit.targets.mask[todo].sum(-1)
@@ -158,7 +163,10 @@ def _assess(
 
 
 def _in_doubt(fit: Fit, observation: Observation, prior: ScenePrior) -> jax.Array:
-    """(B,) bool: the noise does not explain the fit, or a target may be too much or two."""
+    """(B,) degree of doubt: 0, or targets are near to each other, or more than that.
+
+    More is that the noise does not explain the fit, or a target may be too much or two.
+    """
     mask, intensity = fit.targets.mask, fit.targets.intensity
     freedom = jnp.maximum(fit.num_pixels - 3 * mask.sum(-1), 1)
     unexplained = fit.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2.0 * freedom)
@@ -167,7 +175,8 @@ def _in_doubt(fit: Fit, observation: Observation, prior: ScenePrior) -> jax.Arra
     if prior.intensity is not None:
         unlikely = _unlikely_intensities(fit, prior)
     close = _closest(fit.targets)[0] < _CLOSE * observation.sigma.mean(-1)
-    return unexplained | unlikely | weak.any(-1) | close | ~fit.converged
+    doubted = unexplained | unlikely | weak.any(-1) | ~fit.converged
+    return jnp.where(doubted, _DOUBTED, jnp.where(close, _NEAR, 0))
 
 
 def _unlikely_intensities(fit: Fit, prior: ScenePrior) -> jax.Array:
@@ -194,9 +203,13 @@ def _unlikely_intensities(fit: Fit, prior: ScenePrior) -> jax.Array:
 
 
 class _Candidates(NamedTuple):
-    """Other starts of frames, one row a start: the frame's number, its pixels, targets."""
+    """Other starts of frames, one row a start.
+
+    The frame's number, whether the change is one for near targets, its pixels, targets.
+    """
 
     frame: np.ndarray
+    near: np.ndarray
     observation: Observation
     targets: Targets
 
@@ -211,7 +224,8 @@ def _candidates(
     other = (changes.mask != mine.mask).any(-1) | (changes.position != mine.position).any((-2, -1))
     row, change = np.nonzero(other)
     targets = jax.tree.map(lambda a: a[row, change], changes)
-    return _Candidates(frame[row], take_rows(observation, row), targets)
+    near = change >= other.shape[1] - _NEAR_CHANGES
+    return _Candidates(frame[row], near, take_rows(observation, row), targets)
 
 
 def _contest(
@@ -274,9 +288,10 @@ def _changes(
         added,
         _without_faintest(targets, std),
         _masked(targets, targets.mask & (targets.intensity >= _FAINT * targets.intensity.max())),
-        _with_closest_merged(targets),
         _as_one(targets),
         _with_one_split(targets, residual, weight, observation.sigma),
+        # From here on: what near targets ask for, see `_NEAR_CHANGES`.
+        _with_closest_merged(targets),
         *(_turned(targets, angle) for angle in _TURNS),
     ]
 
