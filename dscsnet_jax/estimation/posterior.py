@@ -56,6 +56,9 @@ class Posterior:
       effective_size: (B,) effective number of samples of the worst parameter.
       acceptance: (B,) share of accepted steps.
       mixed: (B,) bool: the chains agree (R-hat below 1.2).
+      width_slope: (B,) derivative of the log evidence by the logarithm of the PSF's width,
+        which is the posterior mean of that of the log likelihood (Fisher's identity); 0
+        unless asked for.
     """
 
     targets: Targets
@@ -64,6 +67,7 @@ class Posterior:
     effective_size: jax.Array
     acceptance: jax.Array
     mixed: jax.Array
+    width_slope: jax.Array
 
     @property
     def std(self) -> jax.Array:
@@ -81,6 +85,7 @@ def sample_posterior(
     num_burn_in: int = NUM_BURN_IN,
     num_samples: int = NUM_SAMPLES,
     thinning: int = THINNING,
+    width_slope: bool = False,
     seed: int = 0,
 ) -> Posterior:
     """Posterior mean, errors and intervals of the targets of each frame.
@@ -97,6 +102,7 @@ def sample_posterior(
       num_burn_in: rounds before, in which the length of the steps is tuned.
       num_samples: rounds that are kept, one sample each, of every chain.
       thinning: random-walk steps of a round; one turn of the cluster follows.
+      width_slope: compute `Posterior.width_slope`.
       seed: of the random numbers.
 
     Returns:
@@ -131,6 +137,7 @@ def sample_posterior(
         num_burn_in=num_burn_in,
         num_samples=num_samples,
         thinning=thinning,
+        width_slope=width_slope,
         shot_noise=bool(np.isfinite(observation.gain).any()),
     )
     dtype = np.asarray(observation.counts).dtype
@@ -149,6 +156,7 @@ _STATIC = (
     "num_burn_in",
     "num_samples",
     "thinning",
+    "width_slope",
     "shot_noise",
 )
 
@@ -163,6 +171,7 @@ def _sample_block(
     num_burn_in: int,
     num_samples: int,
     thinning: int,
+    width_slope: bool,
     shot_noise: bool,
 ) -> Posterior:
     """All chains of one block: rounds of random-walk steps and one rotation each."""
@@ -173,6 +182,18 @@ def _sample_block(
     seen, mask, fitted, root = lanes((observation, start.mask, theta, root))
     target = partial(_log_density, mask=mask, seen=seen, prior=prior, shot_noise=shot_noise)
     size = len(fitted)
+
+    def slope(theta: jax.Array) -> jax.Array:
+        """Derivative of the log density (P, L) by the logarithm of the PSF's width."""
+        if not width_slope:
+            return jnp.zeros(theta.shape[1:], theta.dtype)
+
+        def widened(log_factor: jax.Array) -> jax.Array:
+            wide = seen.replace(sigma=seen.sigma * jnp.exp(log_factor))
+            return target(theta, seen=wide)
+
+        zero, one = jnp.zeros((), theta.dtype), jnp.ones((), theta.dtype)
+        return jax.jvp(widened, (zero,), (one,))[1]
 
     def step(state: _Chains, drawn: _Drawn) -> tuple[_Chains, jax.Array]:
         """One step of all chains, and the share accepted (L,).
@@ -206,7 +227,7 @@ def _sample_block(
             learning=jnp.full(steps, learning),
         )
         state, rate = jax.lax.scan(step, state, drawn)
-        return state, (state.theta, rate[:-1].mean(0))
+        return state, (state.theta, rate[:-1].mean(0), slope(state.theta))
 
     start_key, round_key = jax.random.split(jax.random.key(seed))
     spread = jax.random.normal(start_key, (size, num_chains), theta.dtype)
@@ -219,13 +240,14 @@ def _sample_block(
     number = jnp.arange(rounds, dtype=theta.dtype)
     learning = jnp.where(number < num_burn_in, jax.lax.rsqrt(1 + number), 0)
     given = (jax.random.split(round_key, rounds), learning)
-    _, (samples, rate) = jax.lax.scan(one_round, state, given)
-    samples, rate = samples[num_burn_in:], rate[num_burn_in:]
+    _, kept = jax.lax.scan(one_round, state, given)
+    samples, rate, slopes = (a[num_burn_in:] for a in kept)
     table = jnp.moveaxis(samples[:, :-1], 2, 1)  # (S, chains, 3K, L)
     table = table.reshape(num_samples, num_chains, -1, 3, table.shape[-1])
     flat = table.reshape(-1, *table.shape[2:])
     flat = _sorted_out(flat, fitted[:-1, 0].reshape(flat.shape[1:]), mask[:, 0])
-    return _summary(flat.reshape(table.shape), start.mask, rate.mean(0))
+    summary = _summary(flat.reshape(table.shape), start.mask, rate.mean(0))
+    return summary.replace(width_slope=slopes.mean((0, 1)))
 
 
 class _Chains(NamedTuple):
@@ -418,5 +440,6 @@ def _summary(samples: jax.Array, mask: jax.Array, acceptance: jax.Array) -> Post
         interval=jnp.where(present[..., None], interval, 0),
         effective_size=jnp.minimum(jnp.where(used, effective, jnp.inf).min((0, 1)), number),
         acceptance=acceptance,
+        width_slope=jnp.zeros_like(acceptance),
         mixed=jnp.where(used, ratio, 1).max((0, 1)) < _MIXED,
     )

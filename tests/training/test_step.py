@@ -342,18 +342,16 @@ def test_offset_is_subtracted_before_the_network() -> None:
 
 def test_parameters_and_frames_of_one_seed_share_no_key() -> None:
     """`split(key(seed))[i]` is `fold_in(key(seed), i)`, the key of a split of the data."""
-    drawn: list[jax.Array] = []
 
     class Spy(DSCSNet):
         def init(self, key: jax.Array, operator: Any) -> Any:
-            drawn.append(key)
-            return {"a": jnp.zeros(3)}
+            return {"drawn": jax.random.key_data(key)}
 
     used: list[np.ndarray] = []
     for seed in (0, 7):
-        init_state(Spy(), OPERATOR, optax.sgd(1.0), seed)
-        used.append(np.asarray(jax.random.key_data(jax.random.split(drawn[-1], 64))))
-        used.append(np.asarray(jax.random.key_data(drawn[-1]))[None])
+        drawn = init_state(Spy(), OPERATOR, optax.sgd(1.0), seed).params["drawn"]
+        children = jax.random.split(jax.random.wrap_key_data(drawn), 64)
+        used += [np.asarray(jax.random.key_data(children)), np.asarray(drawn)[None]]
         base = jax.random.key(seed)
         used.append(np.asarray(jax.random.key_data(base))[None])
         for split, number in SPLITS.items():
