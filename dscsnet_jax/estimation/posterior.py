@@ -12,6 +12,7 @@ depend on its neighbours.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
@@ -247,7 +248,7 @@ def _sample_block(
     flat = table.reshape(-1, *table.shape[2:])
     flat = _sorted_out(flat, fitted[:-1, 0].reshape(flat.shape[1:]), mask[:, 0])
     summary = _summary(flat.reshape(table.shape), start.mask, rate.mean(0))
-    return summary.replace(width_slope=slopes.mean((0, 1)))
+    return dataclasses.replace(summary, width_slope=slopes.mean((0, 1)))
 
 
 class _Chains(NamedTuple):

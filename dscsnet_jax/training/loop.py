@@ -103,7 +103,6 @@ def train(
             preset,
             operator,
             optimiser,
-            seed=config.seed,
             truth_width=config.train.truth_width,
             symmetry_weight=config.train.symmetry_weight,
             remat=config.train.remat,
@@ -153,11 +152,12 @@ def map_scores(
     Returns:
       `Scores`.
     """
-    make = _mapper(network, preset, seed, split)
+    make = _mapper(network, preset)
     starts = range(0, num_frames, batch_size)
     pairs = []
     for start in starts:
-        x, true_targets = make(params, start + jnp.arange(batch_size))
+        keys = frame_keys(seed, split, start + jnp.arange(batch_size))
+        x, true_targets = make(params, keys)
         pairs.append((_all_cells(x, network.config.division), true_targets))
     found, truth = (join_batches(side, num_frames) for side in zip(*pairs, strict=True))
     return evaluate(found, truth)
@@ -165,14 +165,14 @@ def map_scores(
 
 @functools.lru_cache(maxsize=4)
 def _mapper(
-    network: Network, preset: Preset, seed: int, split: str
+    network: Network, preset: Preset
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, Targets]]:
-    """Maps and true targets of frames by number; kept, so that it compiles once a run."""
+    """Maps and true targets of frames by their keys; kept, so that it compiles once a run."""
     operator = _operator(preset)
 
     @jax.jit
-    def make(params: Any, index: jax.Array) -> tuple[jax.Array, Targets]:
-        scene = simulate(preset, frame_keys(seed, split, index))
+    def make(params: Any, keys: jax.Array) -> tuple[jax.Array, Targets]:
+        scene = simulate(preset, keys)
         y = scene.frames - scene.offset[:, None, None]
         return network.apply(params, y, operator, noise=scene.noise).x, scene.targets
 
@@ -252,7 +252,7 @@ class _Run:
             since, clock = done, time.perf_counter()
             while done < cfg.num_steps and stop.number is None:
                 index = done * cfg.batch_size + jnp.arange(cfg.batch_size)
-                state, metrics = step(state, index)
+                state, metrics = step(state, frame_keys(self.config.seed, "train", index))
                 done += 1
                 if done % cfg.log_every == 0 or done == cfg.num_steps:
                     jax.block_until_ready(metrics)

@@ -20,14 +20,14 @@ def data_parallel(
     """Compile a step for the given devices.
 
     On one device the step is jitted. On several, `jax.pmap` gives each its share of
-    the frame indices and averages the gradients; the state is the same everywhere.
+    the frames' keys and averages the gradients; the state is the same everywhere.
 
     Args:
       make_step: builds the step for a mapped axis name, or for None.
       devices: what to run on.
 
     Returns:
-      The compiled step, which takes (B,) indices, and the number B must divide by.
+      The compiled step, which takes (B,) keys of frames, and the number B must divide by.
 
     Raises:
       ValueError: if there is no device; the step raises it for a ragged batch.
@@ -37,8 +37,8 @@ def data_parallel(
     if len(devices) == 1:
         compiled = jax.jit(make_step(None), donate_argnums=0)
 
-        def single(state: TrainState, index: jax.Array) -> tuple[TrainState, Metrics]:
-            return compiled(*jax.device_put((state, index), devices[0]))
+        def single(state: TrainState, keys: jax.Array) -> tuple[TrainState, Metrics]:
+            return compiled(*jax.device_put((state, keys), devices[0]))
 
         return single, 1
     everywhere = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
@@ -46,10 +46,10 @@ def data_parallel(
         make_step(AXIS)
     )
 
-    def step(state: TrainState, index: jax.Array) -> tuple[TrainState, Metrics]:
-        if len(index) % len(devices):
-            raise ValueError(f"a batch of {len(index)} does not divide by {len(devices)} devices")
+    def step(state: TrainState, keys: jax.Array) -> tuple[TrainState, Metrics]:
+        if len(keys) % len(devices):
+            raise ValueError(f"a batch of {len(keys)} does not divide by {len(devices)} devices")
         # The first state lies on one device; another layout would compile a second time.
-        return mapped(jax.device_put(state, everywhere), index.reshape(len(devices), -1))
+        return mapped(jax.device_put(state, everywhere), keys.reshape(len(devices), -1))
 
     return step, len(devices)

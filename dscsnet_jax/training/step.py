@@ -11,7 +11,7 @@ import optax
 
 from dscsnet_jax.physics import grid
 from dscsnet_jax.physics.optics import SensingOperator
-from dscsnet_jax.physics.scene import Preset, Scene, frame_keys, simulate
+from dscsnet_jax.physics.scene import Preset, Scene, simulate
 from dscsnet_jax.physics.targets import Targets
 from dscsnet_jax.training.losses import training_loss
 from dscsnet_jax.unfolding.registry import Network
@@ -90,23 +90,22 @@ def make_step(
     operator: SensingOperator,
     optimiser: optax.GradientTransformation,
     *,
-    seed: int,
     truth_width: float = 0.0,
     symmetry_weight: float = 0.0,
     remat: bool = False,
     axis_name: str | None = None,
 ) -> Step:
-    """Build the training step `(state, frame indices) -> (state, metrics)`.
+    """Build the training step `(state, keys of frames) -> (state, metrics)`.
 
-    The frames are simulated inside the step from their indices in the `train` split of
-    `seed`, so nothing is read from the host and any device can make any frame.
+    The frames are simulated inside the step from their keys (see `scene.frame_keys`), so
+    nothing is read from the host, any device can make any frame, and runs of other seeds
+    share the compiled program.
 
     Args:
       network: what is trained.
       preset: recipe of the frames.
       operator: sensing operator of the preset.
       optimiser: see `make_optimiser`.
-      seed: seed of the data.
       truth_width: see `grid_truth`.
       symmetry_weight: see `losses.training_loss`.
       remat: recompute iterations in the backward pass.
@@ -132,8 +131,8 @@ def make_step(
         scale = scale[:, None, None]
         return training_loss(answer, truth, scale=scale, symmetry_weight=symmetry_weight)
 
-    def step(state: TrainState, index: jax.Array) -> tuple[TrainState, Metrics]:
-        scene = simulate(preset, frame_keys(seed, "train", index))
+    def step(state: TrainState, keys: jax.Array) -> tuple[TrainState, Metrics]:
+        scene = simulate(preset, keys)
         truth = grid_truth(scene.targets, preset, truth_width)
         loss, gradient = jax.value_and_grad(loss_of)(state.params, scene, truth)
         if axis_name is not None:

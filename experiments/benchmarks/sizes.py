@@ -43,13 +43,16 @@ def losses_around_training(division: int, steps: int, batch: int) -> tuple[float
         clip_norm=1.0,
         final_fraction=1.0,
     )
-    step = jax.jit(make_step(network, preset, operator, optimiser, seed=0, truth_width=0.3))
+    step = jax.jit(make_step(network, preset, operator, optimiser, truth_width=0.3))
     state = init_state(network, operator, optimiser, seed=0)
-    fixed = jnp.arange(batch)
-    before = step(state, fixed)[1]["loss"]
+
+    def frames(number: int) -> jax.Array:
+        return scene.frame_keys(0, "train", number * batch + jnp.arange(batch))
+
+    before = step(state, frames(0))[1]["loss"]
     for number in range(1, steps + 1):
-        state, _ = step(state, number * batch + fixed)
-    return float(before), float(step(state, fixed)[1]["loss"])
+        state, _ = step(state, frames(number))
+    return float(before), float(step(state, frames(0))[1]["loss"])
 
 
 def forward_bytes(frame_size: int, batch: int) -> int:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.physics.optics import sensing_operator
-from dscsnet_jax.physics.scene import get_preset
+from dscsnet_jax.physics.scene import frame_keys, get_preset
 from dscsnet_jax.training.config import default_config
 from dscsnet_jax.training.parallel import data_parallel
 from dscsnet_jax.training.step import Step, TrainState, init_state, make_optimiser, make_step
@@ -38,7 +38,6 @@ def build(frame_size: int) -> tuple[Step, TrainState]:
             preset,
             operator,
             optimiser,
-            seed=config.seed,
             truth_width=config.train.truth_width,
             axis_name=axis,
         ),
@@ -51,7 +50,8 @@ def run(step: Step, state: TrainState, batch_size: int, num_steps: int) -> tuple
     """The state after some more steps, and the seconds they took."""
     start, done = time.perf_counter(), int(state.step)
     for number in range(done, done + num_steps):
-        state, _ = step(state, number * batch_size + jnp.arange(batch_size))
+        keys = frame_keys(0, "train", number * batch_size + jnp.arange(batch_size))
+        state, _ = step(state, keys)
     jax.block_until_ready(state)
     return state, time.perf_counter() - start
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
-from dscsnet_jax.physics.scene import get_preset
+from dscsnet_jax.physics.scene import frame_keys, get_preset
 from dscsnet_jax.training.checkpoint import Checkpoints
 from dscsnet_jax.training.step import TrainState, init_state, make_optimiser, make_step
 from dscsnet_jax.unfolding.admm import Unfolded
@@ -239,12 +239,13 @@ def test_row28_three_steps_and_three_resumed_are_six(opened: Opened, tmp_path: P
     preset = get_preset("csist", frame_size=5, max_targets=1)
     operator = sensing_operator(5, division=3, sigma=0.5)
     params = {"gain": jnp.asarray(0.3), "bias": jnp.full((15, 15), 2.0)}
-    step = jax.jit(make_step(AffineNetwork(), preset, operator, OPTIMISER, seed=5))
+    step = jax.jit(make_step(AffineNetwork(), preset, operator, OPTIMISER))
 
     def train(state: TrainState, until: int) -> tuple[TrainState, list[dict[str, float]]]:
         seen = []
         for done in range(int(state.step), until):
-            state, metrics = step(state, done * BATCH + jnp.arange(BATCH))
+            keys = frame_keys(5, "train", done * BATCH + jnp.arange(BATCH))
+            state, metrics = step(state, keys)
             seen.append({name: float(value) for name, value in metrics.items()})
         return state, seen
 

@@ -88,13 +88,14 @@ class Trainer:
         monkeypatch.setattr(configs, "get_preset", light_preset)
 
     def _step(self, step: Step) -> Step:
-        def hooked(state: TrainState, index: jax.Array) -> Any:
+        def hooked(state: TrainState, keys: jax.Array) -> Any:
             number = int(state.step) + 1
             self.steps.append(number)
-            assert index.tolist() == list(range(8 * (number - 1), 8 * number))
+            expected = scenes.frame_keys(7, "train", 8 * (number - 1) + jnp.arange(8))
+            assert (keys == expected).all()
             if self.before is not None:
                 self.before(number, state)
-            state, metrics = step(state, index)
+            state, metrics = step(state, keys)
             return (state, metrics) if self.hook is None else self.hook(number, state, metrics)
 
         return hooked
@@ -525,7 +526,7 @@ def test_weights_record_the_conditions_really_trained_on(
 
     def nothing(make_step: Any, devices: Any) -> tuple[Step, int]:
         zeros = {"loss": jnp.zeros(()), "gradient_norm": jnp.zeros(())}
-        return lambda state, index: (state._replace(step=state.step + 1), zeros), 1
+        return lambda state, keys: (state._replace(step=state.step + 1), zeros), 1
 
     scored: list[scenes.Preset] = []
 

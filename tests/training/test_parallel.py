@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 jax.config.update("jax_numpy_rank_promotion", sys.argv[2])
 from dscsnet_jax.physics.optics import sensing_operator
-from dscsnet_jax.physics.scene import get_preset
+from dscsnet_jax.physics.scene import frame_keys, get_preset
 from dscsnet_jax.training.checkpoint import Checkpoints
 from dscsnet_jax.training.parallel import data_parallel
 from dscsnet_jax.training.step import init_state, make_optimiser, make_step
@@ -39,10 +39,10 @@ shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), operator))
 traced = []
 
 def make(axis):
-    step = make_step(network, preset, operator, optimiser, seed=0, axis_name=axis)
-    def counted(state, index):
+    step = make_step(network, preset, operator, optimiser, axis_name=axis)
+    def counted(state, keys):
         traced.append(axis)
-        return step(state, index)
+        return step(state, keys)
     return counted
 
 def start():
@@ -56,7 +56,7 @@ def start():
 def train(step, state, until):
     seen = []
     for done in range(int(state.step), until):
-        state, metrics = step(state, done * 16 + jnp.arange(16))
+        state, metrics = step(state, frame_keys(0, "train", done * 16 + jnp.arange(16)))
         seen.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return state, seen
 
@@ -76,7 +76,7 @@ out = {
     "traced": {str(axis): traced.count(axis) for axis in set(traced)},
 }
 try:
-    many(spread, jnp.arange(15))
+    many(spread, frame_keys(0, "train", jnp.arange(15)))
 except ValueError as error:
     out["ragged"] = str(error)
 checkpoints = Checkpoints(sys.argv[1])

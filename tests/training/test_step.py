@@ -42,6 +42,7 @@ SCHEDULE: dict[str, Any] = {
     "final_fraction": 0.1,
 }
 SEED, BATCH, WIDTH = 3, 16, 0.35
+train_keys = functools.partial(frame_keys, SEED, "train")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +110,7 @@ def hand_made(params: Any, index: jax.Array, weight: float = 0.0, split: str = "
 @pytest.fixture(scope="module")
 def step() -> Step:
     optimiser = make_optimiser(**SCHEDULE)
-    return jax.jit(make_step(NETWORK, PRESET, OPERATOR, optimiser, seed=SEED, truth_width=WIDTH))
+    return jax.jit(make_step(NETWORK, PRESET, OPERATOR, optimiser, truth_width=WIDTH))
 
 
 def assert_trees_close(got: Any, expected: Any, rtol: float) -> None:
@@ -147,7 +148,7 @@ def test_step_is_the_update_written_out_by_hand(step: Step) -> None:
     for number in (1, 2):
         index = BATCH * number + jnp.arange(BATCH)
         hand = hand_made(params, index)
-        state, metrics = step(state, index)
+        state, metrics = step(state, train_keys(index))
         norm = norm_of(hand.gradient)
         np.testing.assert_allclose(metrics["loss"], hand.map_error, rtol=1e-5)
         np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
@@ -175,14 +176,14 @@ def test_symmetry_term_and_remat_are_in_the_step() -> None:
         PRESET,
         OPERATOR,
         optimiser,
-        seed=SEED,
         truth_width=WIDTH,
         symmetry_weight=weight,
         remat=True,
     )
     params, index = made_params(), jnp.arange(BATCH)
     hand = hand_made(params, index, weight=weight)
-    state, metrics = jax.jit(step)(init_state(NETWORK, OPERATOR, optimiser, 0, params), index)
+    state = init_state(NETWORK, OPERATOR, optimiser, 0, params)
+    state, metrics = jax.jit(step)(state, train_keys(index))
     np.testing.assert_allclose(metrics["loss"], hand.map_error + weight * hand.symmetry, rtol=1e-5)
     moved = minus(params, state.params)
     assert_trees_close(moved, hand.gradient, 1e-4)
@@ -194,7 +195,7 @@ def test_frames_trained_on_are_those_of_the_train_split_and_the_given_indices(st
     """The loss is that of these very frames, and of no other split's or indices'."""
     params, index = made_params(), 1000 + jnp.arange(BATCH)
     state = init_state(NETWORK, OPERATOR, make_optimiser(**SCHEDULE), SEED, params)
-    loss = float(step(state, index)[1]["loss"])
+    loss = float(step(state, train_keys(index))[1]["loss"])
     own = float(hand_made(params, index).map_error)
     others = [float(hand_made(params, index, split=split).map_error) for split in ("val", "test")]
     others.append(float(hand_made(params, index + 1).map_error))
@@ -204,7 +205,7 @@ def test_frames_trained_on_are_those_of_the_train_split_and_the_given_indices(st
 
 def test_row32_the_same_state_and_indices_give_the_same_bits(step: Step) -> None:
     state = init_state(NETWORK, OPERATOR, make_optimiser(**SCHEDULE), SEED, made_params())
-    one, two = (step(state, jnp.arange(BATCH)) for _ in range(2))
+    one, two = (step(state, train_keys(jnp.arange(BATCH))) for _ in range(2))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -213,14 +214,14 @@ def test_loss_falls_over_sixty_steps(step: Step) -> None:
     state = init_state(NETWORK, OPERATOR, make_optimiser(**SCHEDULE), SEED, made_params())
     losses = []
     for number in range(SCHEDULE["num_steps"]):
-        state, metrics = step(state, BATCH * number + jnp.arange(BATCH))
+        state, metrics = step(state, train_keys(BATCH * number + jnp.arange(BATCH)))
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
 
 
 def test_the_first_state_compiles_the_step_that_all_others_run(step: Step) -> None:
     state = init_state(NETWORK, OPERATOR, make_optimiser(**SCHEDULE), SEED, made_params())
-    after, _ = jax.eval_shape(step, state, jnp.arange(BATCH))
+    after, _ = jax.eval_shape(step, state, train_keys(jnp.arange(BATCH)))
     before = [(a.shape, a.dtype, a.weak_type) for a in jax.tree.leaves(state)]
     assert before == [(a.shape, a.dtype, a.weak_type) for a in jax.tree.leaves(after)]
     weak = {"a": jnp.asarray(0.5)}
@@ -268,7 +269,7 @@ def test_weight_decay_is_decoupled_from_the_gradient() -> None:
 def test_truth_map_puts_each_target_into_its_nearest_cell_or_around_its_place(
     width: float,
 ) -> None:
-    targets = simulated(frame_keys(SEED, "train", jnp.arange(BATCH)))[0].targets
+    targets = simulated(train_keys(jnp.arange(BATCH)))[0].targets
     expected = np.zeros((BATCH, 15, 15))
     for frame, slot in zip(*np.nonzero(targets.mask), strict=True):
         cell = 3 * np.asarray(targets.position[frame, slot], np.float64) + 1
@@ -289,7 +290,7 @@ def varied_step(preset: Preset) -> tuple[Step, TrainState]:
         NetworkConfig(iterations=1, channels=4, threshold="scalar", normalise="frame")
     )
     optimiser = make_optimiser(**SCHEDULE)
-    step = make_step(network, preset, OPERATOR, optimiser, seed=SEED, truth_width=WIDTH)
+    step = make_step(network, preset, OPERATOR, optimiser, truth_width=WIDTH)
     return jax.jit(step), init_state(network, OPERATOR, optimiser, SEED, made_params(network))
 
 
@@ -300,15 +301,13 @@ def test_training_on_varied_frames_stays_finite_and_falls() -> None:
     index = jnp.arange(64)
     losses = []
     for number in range(30):
-        state, metrics = step(state, 64 * (number % 6) + index)
+        state, metrics = step(state, train_keys(64 * (number % 6) + index))
         losses.append(float(metrics["loss"]))
         assert np.isfinite([losses[-1], float(metrics["gradient_norm"])]).all()
         assert float(metrics["gradient_norm"]) > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
-    seen = jax.jit(functools.partial(simulate, preset))(
-        frame_keys(SEED, "train", jnp.arange(6 * 64))
-    )
+    seen = jax.jit(functools.partial(simulate, preset))(train_keys(jnp.arange(6 * 64)))
     empty = np.asarray(seen.targets.count) == 0
     assert 5 < empty.sum() < 40
 
@@ -320,7 +319,8 @@ def test_batch_of_empty_frames_gives_a_finite_update(noise: tuple[float, float])
     step, state = varied_step(
         get_preset("csist_varied", frame_size=5, max_targets=1, variation=variation)
     )
-    after, metrics = step(step(state, jnp.arange(BATCH))[0], BATCH + jnp.arange(BATCH))
+    first, second = (train_keys(k * BATCH + jnp.arange(BATCH)) for k in range(2))
+    after, metrics = step(step(state, first)[0], second)
     assert np.isfinite([float(value) for value in metrics.values()]).all()
     assert float(metrics["loss"]) > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
@@ -334,7 +334,8 @@ def test_offset_is_subtracted_before_the_network() -> None:
         for offset in (40.0, 0.0)
     )
     (step, state), (plain, _) = varied_step(bright), varied_step(dark)
-    (one, seen), (two, expected) = step(state, jnp.arange(BATCH)), plain(state, jnp.arange(BATCH))
+    keys = train_keys(jnp.arange(BATCH))
+    (one, seen), (two, expected) = step(state, keys), plain(state, keys)
     np.testing.assert_allclose(seen["loss"], expected["loss"], rtol=1e-4)
     np.testing.assert_allclose(seen["gradient_norm"], expected["gradient_norm"], rtol=1e-3)
     assert jax.tree.structure(one) == jax.tree.structure(two)
