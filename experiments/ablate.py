@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     full = runs_of(FULL, args)
     rows: dict[str, Result] = {}
     for variant in dict.fromkeys([FULL, *args.variants]):
-        rows[variant] = summary(variant, runs_of(variant, args), full)
+        runs = full if variant == FULL else runs_of(variant, args)
+        rows[variant] = summary(variant, runs, full)
         about = head(TITLE, args, SCALES[args.scale]["ablate"], rows)
         text = write_table(args.out, about, rows, COLUMNS)
         draw(rows, args.out)

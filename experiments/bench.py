@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from dscsnet_jax.evaluation.metrics import count_accuracy
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.io.weights import Weights, load_weights
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
-from dscsnet_jax.physics.scene import Preset
+from dscsnet_jax.physics.scene import Preset, frame_keys
 from dscsnet_jax.physics.targets import Targets
 from dscsnet_jax.training import config as configs
 from dscsnet_jax.training.loop import map_scores as scored_maps
@@ -163,15 +163,18 @@ def tried(config: ConfigDict, rates: Sequence[float]) -> Result:
     preset = configs.make_preset(config, config.eval.frame_size)
 
     @jax.jit
-    def advance(state: TrainState, index: jax.Array, rate: jax.Array) -> Any:
+    def advance(state: TrainState, keys: jax.Array, rate: jax.Array) -> Any:
         # AdamW's updates are linear in the rate: one program serves all rates.
-        return step_of(config, scaled_optimiser(config, rate))(state, index)
+        return step_of(config, scaled_optimiser(config, rate))(state, keys)
 
     def quality(rate: float) -> tuple[float, float]:
         state = init_state(network, operator, scaled_optimiser(config, rate), config.seed)
+        # Placed as training does, so that scoring compiles once for both.
+        state = jax.device_put(state, jax.local_devices()[0])
         size = config.train.batch_size
         for number in range(config.train.num_steps):
-            state, metrics = advance(state, number * size + jnp.arange(size), rate)
+            keys = frame_keys(config.seed, "train", number * size + jnp.arange(size))
+            state, metrics = advance(state, keys, rate)
         if not np.isfinite(float(metrics["loss"])):
             return -1.0, 0.0
         scores = scored_maps(
@@ -202,7 +205,6 @@ def step_of(config: ConfigDict, optimiser: optax.GradientTransformation) -> Step
         configs.make_preset(config),
         operator,
         optimiser,
-        seed=config.seed,
         truth_width=config.train.truth_width,
         symmetry_weight=config.train.symmetry_weight,
         remat=config.train.remat,
@@ -239,7 +241,7 @@ def forward_cost(bench: Bench, config: ConfigDict, weights: Weights) -> Result:
     return {
         "MFLOP/frame": program.cost_analysis()["flops"] / FORWARD_BATCH / 1e6,
         "MB forward": megabytes(program),
-        "frames/s forward": FORWARD_BATCH / seconds(partial(program, *given)),
+        "frames/s forward": FORWARD_BATCH / seconds(functools.partial(program, *given)),
     }
 
 
@@ -248,7 +250,7 @@ def training_cost(config: ConfigDict) -> Result:
     network, operator = network_and_operator(config)
     optimiser = make_optimiser(num_steps=config.train.num_steps, **config.optimiser.to_dict())
     state = init_state(network, operator, optimiser, config.seed)
-    given = jax.device_put((state, jnp.arange(config.train.batch_size)))
+    given = jax.device_put((state, frame_keys(0, "train", jnp.arange(config.train.batch_size))))
     # Compiled as training does, so that the cache of programs has it.
     program = jax.jit(step_of(config, optimiser), donate_argnums=0).lower(*given).compile()
     return {"MB training": megabytes(program)}
@@ -319,12 +321,11 @@ def solver_row(bench: Bench, method: str) -> Result:
     """The lasso, with the l1 weight that scores best on `val`."""
 
     def make() -> Result:
-        val = simulated(bench.preset, seed=bench.seed, split="val", num=len(bench.frames))
-        frames = np.asarray(val.frames)
+        frames, truth = scenes(bench.preset, bench.seed, "val", len(bench.frames))
 
         def quality(lam: float) -> float:
             maps = solve(bench, method, frames, lam).x
-            return float(map_scores(np.asarray(maps), val.targets, bench.preset)["mAP"])
+            return float(map_scores(np.asarray(maps), truth, bench.preset)["mAP"])
 
         lam = max(L1_WEIGHTS, key=quality)
         start = time.perf_counter()
@@ -375,9 +376,15 @@ def make_bench(args: argparse.Namespace) -> Bench:
     scene = [text for text in args.set if text.startswith(("scene.", "eval."))]
     config = run_config("dscsnet", budget, seed=args.seed, rate=1e-3, overrides=scene)
     preset = configs.make_preset(config, config.eval.frame_size)
-    test = simulated(preset, seed=args.seed, split="test", num=config.eval.num_frames)
-    frames, truth = np.asarray(test.frames), test.targets
+    frames, truth = scenes(preset, args.seed, "test", config.eval.num_frames)
     return Bench(budget, args.seed, tuple(args.set), args.workdir, preset, frames, truth)
+
+
+@functools.cache
+def scenes(preset: Preset, seed: int, split: str, num: int) -> tuple[np.ndarray, Targets]:
+    """Frames (B, N, N) of a split, and their targets."""
+    scene = simulated(preset, seed=seed, split=split, num=num)
+    return np.asarray(scene.frames), scene.targets
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -226,6 +226,40 @@ def zero_start(y: jax.Array, operator: SensingOperator, rho: ArrayLike) -> Itera
     return Iterate(x=x, z=zero, u=zero)
 
 
+def lasso_step(
+    iterate: Iterate,
+    y: jax.Array,
+    operator: SensingOperator,
+    *,
+    rho: ArrayLike,
+    lam: ArrayLike,
+    eta: ArrayLike,
+    nonneg: bool = True,
+) -> tuple[Iterate, dict[str, jax.Array]]:
+    """One iteration of classical ADMM for the lasso, composed of the three steps.
+
+    Args:
+      iterate: the last one.
+      y: (..., N, M) frames, counts.
+      operator: the sensing operator.
+      rho: positive penalty.
+      lam: l1 weight, counts.
+      eta: multiplier step.
+      nonneg: intensities are not negative.
+
+    Returns:
+      The next iterate, and `primal` = ||x - z|| and `dual` = rho ||z - z_previous|| (...,).
+    """
+    z = auxiliary_step(iterate.x, iterate.u, rho=rho, lam=lam, nonneg=nonneg)
+    u = multiplier_step(iterate.x, z, iterate.u, eta)
+    x, _residual = reconstruction_step(y, z, u, operator, rho)
+    residuals = {
+        "primal": jnp.linalg.norm(iterate.x - z, axis=(-2, -1)),
+        "dual": rho * jnp.linalg.norm(z - iterate.z, axis=(-2, -1)),
+    }
+    return Iterate(x=x, z=z, u=u), residuals
+
+
 def admm_lasso(
     y: jax.Array,
     operator: SensingOperator,
@@ -249,7 +283,7 @@ def admm_lasso(
       num_iterations: `K`.
       nonneg: intensities are not negative.
       unroll: see `unfold`.
-      trace: record `primal` = ||x - z|| and `dual` = rho ||z - z_previous|| per frame.
+      trace: record the residuals of `lasso_step`.
 
     Returns:
       `Unfolded` whose `x` is the sparse variable's last value, (..., cN, cM) counts.
@@ -271,14 +305,7 @@ def admm_lasso(
     check_frame_shape(y, operator)
 
     def step(iterate: Iterate, _: Any) -> tuple[Iterate, Any]:
-        z = auxiliary_step(iterate.x, iterate.u, rho=rho, lam=lam, nonneg=nonneg)
-        u = multiplier_step(iterate.x, z, iterate.u, eta)
-        x, _residual = reconstruction_step(y, z, u, operator, rho)
-        residuals = {
-            "primal": jnp.linalg.norm(iterate.x - z, axis=(-2, -1)),
-            "dual": rho * jnp.linalg.norm(z - iterate.z, axis=(-2, -1)),
-        }
-        return Iterate(x=x, z=z, u=u), residuals
+        return lasso_step(iterate, y, operator, rho=rho, lam=lam, eta=eta, nonneg=nonneg)
 
     start = zero_start(y, operator, rho)
     last, seen = unfold(step, start, jnp.arange(num_iterations), unroll=unroll, trace=trace)

@@ -355,13 +355,10 @@ def _alternate(
 ) -> tuple[_Candidate, _Alternation]:
     """One iteration of ADMM; its sparse variable is the candidate."""
     y, operator, lam, nonneg, rho, eta = problem
-    before = memory.iterate
-    z = admm.auxiliary_step(before.x, before.u, rho=rho, lam=lam, nonneg=nonneg)
-    u = admm.multiplier_step(before.x, z, before.u, eta)
-    x, _residual = admm.reconstruction_step(y, z, u, operator, rho)
-    primal = jnp.linalg.norm(before.x - z, axis=(-2, -1))
-    dual = rho * jnp.linalg.norm(z - before.z, axis=(-2, -1))
-    return _evaluate(z, problem), _Alternation(Iterate(x=x, z=z, u=u), primal, dual)
+    iterate, residuals = admm.lasso_step(
+        memory.iterate, y, operator, rho=rho, lam=lam, eta=eta, nonneg=nonneg
+    )
+    return _evaluate(iterate.z, problem), _Alternation(iterate, **residuals)
 
 
 _METHODS: dict[str, tuple[Callable, Callable]] = {
