@@ -87,7 +87,7 @@ SCALES: dict[str, dict[str, Budget]] = {
     },
     # Under an hour each on two CPU cores.
     "cpu": {
-        "bench": Budget(250, 16, 500, rates=_RATES, solver_iterations=1000),
+        "bench": Budget(150, 16, 500, rates=_RATES, solver_iterations=1000),
         "ablate": Budget(300, 32, 500, frame_size=7, seeds=3, network=_SMALL),
     },
     # About an hour for the slowest method, or for a variant with all its seeds, on two cores.

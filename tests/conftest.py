@@ -1,8 +1,13 @@
 """Strict mode for every test, and the fixtures several rooms share.
 
-Warnings are errors, ranks are never promoted in silence.
+Warnings are errors, ranks are never promoted in silence. All processes of a run share the
+programs that one of them compiled.
 """
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +15,21 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+if "DSCSNET_JAX_TEST_CACHES" not in os.environ:  # set: kept from run to run
+    _home = tempfile.mkdtemp(prefix="dscsnet_jax_tests_")
+    atexit.register(shutil.rmtree, _home, ignore_errors=True)
+    os.environ["DSCSNET_JAX_TEST_CACHES"] = _home
+CACHE_HOME = Path(os.environ["DSCSNET_JAX_TEST_CACHES"])
+_SETTINGS = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_compilation_cache_dir": str(CACHE_HOME / "dscsnet_jax"),
+    # With a limit JAX locks its files, against half-written ones.
+    "jax_compilation_cache_max_size": 8 * 2**30,
+}
+for _name, _value in _SETTINGS.items():
+    jax.config.update(_name, _value)
+    if "cache" in _name:  # for processes that tests start
+        os.environ[_name.upper()] = str(_value)
 
 _CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -28,21 +47,15 @@ def data_dir() -> Path:
     return Path(__file__).parent / "data"
 
 
-@pytest.fixture(scope="session")
-def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What takes the place of the user's folder of caches."""
-    return tmp_path_factory.mktemp("caches")
-
-
 @pytest.fixture(scope="module")
-def cache(cache_home: Path) -> Iterator[Path]:
+def cache() -> Iterator[Path]:
     """Where `dscsnet` keeps compilations; JAX's settings are put back after each module."""
     before = {name: getattr(jax.config, name) for name in _CACHE}
     compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache_home))
+        patch.setenv("XDG_CACHE_HOME", str(CACHE_HOME))
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        yield cache_home / "dscsnet_jax"
+        yield CACHE_HOME / "dscsnet_jax"
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

@@ -76,7 +76,7 @@ def never(*_: object, **__: object) -> None:
 # simulate
 
 
-def test_simulate_writes_the_frames_of_the_test_split(csist: Path, cache: Path) -> None:
+def test_simulate_writes_the_frames_of_the_test_split(csist: Path) -> None:
     split = read_csist(csist)
     made = frames_of(scene.get_preset("csist"), 3, np.arange(FRAMES))
     np.testing.assert_array_equal(split.frames, made.frames)
@@ -84,7 +84,6 @@ def test_simulate_writes_the_frames_of_the_test_split(csist: Path, cache: Path) 
     record = json.loads((csist / "simulation.json").read_text())
     wanted = {"preset": "csist", "seed": 3, "split": "test", "num": FRAMES, "changes": {}}
     assert record.items() >= wanted.items()
-    assert list(cache.glob("jit_simulate-*"))  # the next start need not compile it
 
 
 def test_simulate_joins_batches_keeps_unrounded_counts_and_records_changes(
@@ -446,6 +445,19 @@ def test_row25_output_that_is_not_written_is_no_success(
     with (tmp_path / "stdout").open("w") as file, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Full())
         assert main(["demo"]) == code
+
+
+def test_programs_are_kept_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start need not compile them: they are there after a run in a new home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "import sys; from dscsnet_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["simulate", "--num", "1", "--out", str(tmp_path / "one")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    (folder,) = tmp_path.glob("dscsnet_jax")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.glob("jit_simulate-*"))
 
 
 @pytest.mark.parametrize(
