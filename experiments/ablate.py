@@ -11,7 +11,7 @@ CSO-mAP of the map by the reference rule on the `val` split, on which nothing is
 picture shows the same, and CSO-mAP against K.
 
 Interrupted, the same command goes on where it was; finished runs are not run again.
-Commands with other `--variants` may share a workdir, also at the same time.
+Commands with other `--variants` may share a workdir.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ any map. FLOPs are those the compiler counts; MB are arguments, results and inte
 arrays of the compiled programs: one training step, and the forward pass of 64 frames.
 
 Interrupted, the same command goes on where it was; finished methods are not run again.
-Commands with other `--methods` may share a workdir, also at the same time.
+The table has all methods that are finished in the workdir.
 """
 
 from __future__ import annotations
@@ -109,8 +109,12 @@ class Bench:
     @property
     def about(self) -> dict[str, Any]:
         """What a result without a config depends on."""
-        return {"preset": self.preset.name, "seed": self.seed, "set": self.overrides} | {
-            "budget": dataclasses.asdict(self.budget)
+        return {
+            "preset": self.preset.name,
+            "seed": self.seed,
+            "set": self.overrides,
+            "budget": dataclasses.asdict(self.budget),
+            "rate": f"lowest loss of the last {LAST_STEPS} steps",
         }
 
     def config(self, method: str, rate: float, share: int = 1) -> ConfigDict:
@@ -383,9 +387,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=known, choices=known, metavar="METHOD")
     args = parse(parser, argv, "bench")
     bench = make_bench(args)
-    rows: dict[str, Result] = {}
     for method in args.methods:
-        rows[method] = row(bench, method)
+        row(bench, method)
+        finished = [name for name in known if (bench.workdir / name / "result.json").exists()]
+        rows = {name: row(bench, name) for name in finished}
         about = head(TITLE, args, bench.budget, rows)
         text = write_table(args.out, about, rows, COLUMNS)
     print(text)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +27,11 @@ _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_default_device": jax.default_device,
     "jax_disable_jit": jax.disable_jit,
     "jax_debug_nans": jax.debug_nans,
+    "jax_default_prng_impl": jax.default_prng_impl,
+    "jax_threefry_partitionable": jax.threefry_partitionable,
 }
+# Of each function, the shapes of arguments that it has been compiled for.
+_compiled: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.WeakKeyDictionary()
 
 
 def frames_per_block(shape: tuple[int, ...]) -> int:
@@ -71,19 +77,20 @@ def in_blocks(function: Callable[..., Any], batched: Any, *shared: Any, size: in
 
     number = max(-(-length // size), 1)
     workers = min(number, _cores()) if jax.default_backend() == "cpu" else 1
-    # The first block alone: what it compiles serves the others.
-    answers = [jax.device_get(function(part(0), *shared))]
+    settings = {name: getattr(jax.config, name) for name in _SETTINGS}
+    # What is new is compiled by the first block alone, for the others.
+    alone = int(_is_new(function, part(0), shared, tuple(settings.values())))
     if workers == 1:
-        answers += jax.device_get([function(part(i), *shared) for i in range(1, number)])
+        answers = jax.device_get([function(part(i), *shared) for i in range(number)])
     else:
-        settings = {name: getattr(jax.config, name) for name in _SETTINGS}
 
         def work(block: int) -> Any:
             with _set(settings):
                 return jax.device_get(function(part(block), *shared))
 
+        answers = [work(block) for block in range(alone)]
         with ThreadPoolExecutor(workers) as pool:
-            answers += pool.map(work, range(1, number))
+            answers += pool.map(work, range(alone, number))
     return jax.tree.map(lambda *a: np.concatenate(a)[:length], *answers)
 
 
@@ -95,6 +102,19 @@ def take_rows(tree: Any, index: np.ndarray) -> Any:
       [2, 0]
     """
     return jax.tree.map(lambda a: np.asarray(a)[index], tree)
+
+
+def _is_new(function: Callable[..., Any], *given: Any) -> bool:
+    """Whether a function has not yet met arguments of these shapes."""
+    while isinstance(function, partial):
+        given = (*given, function.args, function.keywords)
+        function = function.func
+    leaves, structure = jax.tree.flatten(given)
+    kinds = tuple((a.shape, a.dtype) if hasattr(a, "shape") else a for a in leaves)
+    known = _compiled.setdefault(function, set())
+    new = (structure, kinds) not in known
+    known.add((structure, kinds))
+    return new
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from dscsnet_jax.estimation.tiling import TILE, tiled_map
 from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.targets import Targets
-from dscsnet_jax.unfolding.registry import Network, make_network
+from dscsnet_jax.unfolding.registry import Network, is_frame_bound, make_network
 
 _TILE_BATCH = 4
 _PEAK_SHARE, _PEAK_NOISE = 0.15, 6.0  # least energy of a peak: of the scale, in noise
@@ -137,7 +137,7 @@ def read_windows(
         threshold=threshold,
         batch_size=batch_size,
     )
-    if hasattr(network_of(weights).config, "frame_size"):
+    if is_frame_bound(network_of(weights)):
         return read(observation, max_targets=max_targets)[1:]
     peaks = peaks_of(
         observation,

@@ -142,7 +142,12 @@ def solve(
 
 
 def fit_width(
-    observation: Observation, start: Targets, prior: ScenePrior, *, greedy: bool = False
+    observation: Observation,
+    start: Targets,
+    prior: ScenePrior,
+    *,
+    greedy: bool = False,
+    seed: int = 0,
 ) -> tuple[Observation, Targets]:
     """Fit one factor of the PSF's width, common to all frames, with the targets.
 
@@ -157,6 +162,7 @@ def fit_width(
       start: their targets.
       prior: what is known of the scene.
       greedy: as in `solve`.
+      seed: of the posterior chains.
 
     Returns:
       The observation with the fitted width, and the targets.
@@ -194,7 +200,7 @@ def fit_width(
     def slope(trial: float) -> float:
         parts, _ = _fitted(widened(trial), start, prior, spare=1, sigma=largest)
         chains = (
-            sample_posterior(w.observation, fit.targets, prior, width_slope=True)
+            sample_posterior(w.observation, fit.targets, prior, width_slope=True, seed=seed)
             for w, fit in parts
         )
         return float(sum(chain.width_slope.sum(dtype=float) for chain in chains))
@@ -220,8 +226,10 @@ def _fitted(
 
     The windows are those of PSFs of width `sigma`, or of the frames'.
     """
-    shapes = windows.fit_shapes(_largest_sigma(observation) if sigma is None else sigma)
-    cuts, crowded = windows.cut(observation, start, shapes, spare=spare)
+    sigma = _largest_sigma(observation) if sigma is None else sigma
+    cuts, crowded = windows.cut(
+        observation, start, windows.fit_shapes(sigma), spare=spare, sigma=sigma
+    )
     return [(w, refine_frames(w.observation, w.targets, prior)) for w in cuts], crowded
 
 

@@ -208,7 +208,8 @@ def unmix(
     if method == "grid":
         return grid_answer(observation, found, over, invalid, maps if return_maps else None)
     if fit_psf:
-        observation, found = fit_width(observation, found, prior, greedy=method == "greedy")
+        greedy = method == "greedy"
+        observation, found = fit_width(observation, found, prior, greedy=greedy, seed=seed)
     solved = solve(
         observation,
         found,

@@ -71,6 +71,7 @@ def cut(
     shapes: tuple[Shape, ...],
     *,
     spare: int = 0,
+    sigma: float | None = None,
 ) -> tuple[list[Windows], np.ndarray]:
     """Cut the groups of each frame's targets out as windows.
 
@@ -79,6 +80,7 @@ def cut(
       targets: of the frames, `Targets` (B, K, ...).
       shapes: of the windows, from the smallest; a group takes the first that holds it.
       spare: slots to be left empty.
+      sigma: width of the PSF, pixels, by which targets are grouped; default: the frames'.
 
     Returns:
       The windows, one item per shape that occurs, and (B,) bool: a group did not fit
@@ -86,7 +88,8 @@ def cut(
     """
     mask = np.asarray(targets.mask, bool)
     position = np.asarray(targets.position, float)
-    sigma = float(np.max(observation.sigma)) if len(observation.sigma) else 1.0
+    if sigma is None:
+        sigma = float(np.max(observation.sigma)) if len(observation.sigma) else 1.0
     label = _groups(position, mask, sigma, shapes, spare)
     frame, slot = np.nonzero(mask)
     group, member = np.unique(frame * mask.shape[1] + label[frame, slot], return_inverse=True)

@@ -48,8 +48,9 @@ def full_well(dtype: DTypeLike) -> float:
       >>> full_well(np.uint8), full_well(float)
       (255.0, inf)
     """
-    known = np.dtype(dtype) in (np.uint8, np.uint16)
-    return float(np.iinfo(dtype).max) if known else float("inf")
+    kind = np.dtype(dtype)
+    known = kind.kind == "u" and kind.itemsize <= 2
+    return float(np.iinfo(kind).max) if known else float("inf")
 
 
 def as_frames(array: ArrayLike, *, mask_invalid: bool = False, name: str = "frames") -> np.ndarray:

@@ -15,7 +15,13 @@ import ml_collections
 from ml_collections import config_dict
 
 from dscsnet_jax.physics.scene import Preset, get_preset
-from dscsnet_jax.unfolding.registry import Network, default_fields, make_network, suggestion
+from dscsnet_jax.unfolding.registry import (
+    Network,
+    default_fields,
+    is_frame_bound,
+    make_network,
+    suggestion,
+)
 
 
 def default_config(method: str = "dscsnet") -> ml_collections.ConfigDict:
@@ -85,6 +91,9 @@ def default_config(method: str = "dscsnet") -> ml_collections.ConfigDict:
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
     """Load a config file (`get_config()` in Python) and apply `a.b=value` overrides.
 
+    With another method, in the file or as an override, its hyper-parameters have their
+    defaults, but for those that it has, too, and that the file changes.
+
     Args:
       path: the file.
       overrides: as on the command line, `train.num_steps=100`.
@@ -101,10 +110,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ml_collectio
         raise ValueError(f"config file {path} does not exist")
     fields = dict(flat(_run_file(path)))
     changes = dict(_override(text) for text in overrides)
-    method = changes.pop("method", own := fields.get("method", "dscsnet"))
-    if method != own:  # the file's hyper-parameters are those of another network
-        fields = {k: v for k, v in fields.items() if not k.startswith("network.")}
-    config = default_config(str(method))
+    method = str(changes.pop("method", fields.get("method", "dscsnet")))
+    config = default_config(method)
+    fields = _of_method(fields, method)
     for name, value in {**fields, "method": method, **changes}.items():
         set_field(config, name, value)
     check_config(config)
@@ -146,7 +154,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     make_preset(config, config.eval.frame_size)
     network = make_method(config)
     sizes = config.scene.frame_size, config.eval.frame_size
-    if hasattr(network.config, "frame_size") and sizes[0] != sizes[1]:
+    if is_frame_bound(network) and sizes[0] != sizes[1]:
         raise ValueError(
             f"{config.method} is bound to one size of frames, but scene.frame_size is "
             f"{sizes[0]} and eval.frame_size {sizes[1]}"
@@ -214,6 +222,20 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _of_method(fields: dict[str, Any], method: str) -> dict[str, Any]:
+    """A file's fields without the hyper-parameters that another method's defaults brought."""
+    given = {name for name in fields if name.startswith("network.")}
+    defaults = {
+        name: {f"network.{k}": v for k, v in _network_fields(name).items()}
+        for name in (fields.get("method", "dscsnet"), "dscsnet", method)
+    }
+    made_for = next((name for name, known in defaults.items() if given == known.keys()), method)
+    if made_for == method:
+        return fields
+    kept = {k for k in given & defaults[method].keys() if fields[k] != defaults[made_for][k]}
+    return {k: v for k, v in fields.items() if k not in given or k in kept}
 
 
 def _network_fields(method: str) -> dict[str, Any]:

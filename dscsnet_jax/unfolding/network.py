@@ -351,7 +351,7 @@ class DSCSNet:
           (B,) counts, positive.
         """
         if self.config.normalise == "fixed":
-            return jnp.full(len(y), self.config.intensity_scale, y.dtype)
+            return jnp.full(len(y), self.config.intensity_scale, jnp.result_type(y, float))
         peak = jnp.maximum(y.max((-2, -1)), 0 if noise is None else 3 * noise)
         return jnp.where(peak > 0, peak, 1)
 

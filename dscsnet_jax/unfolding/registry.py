@@ -131,8 +131,25 @@ def make_network(name: str, **fields: Any) -> Network:
     for field in fields:
         if field not in known:
             raise ValueError(f"{name} has no hyper-parameter {field!r}{suggestion(field, known)}")
+        expected, value = type(known[field]), fields[field]
+        plain = isinstance(value, (int, float) if expected is float else expected)
+        if not plain or isinstance(value, bool) != (expected is bool):
+            raise ValueError(
+                f"{name}: hyper-parameter {field!r} is of type {expected.__name__}, got {value!r}"
+            )
     cls = _class(name)
     return cls(type(cls().config)(**fields))
+
+
+def is_frame_bound(network: Network) -> bool:
+    """Whether the network's parameters fit frames of one size only.
+
+    Example:
+      >>> is_frame_bound(make_network("dscsnet")), is_frame_bound(make_network("lista"))
+      (False, True)
+    """
+    config = network.config
+    return hasattr(config, "frame_size") or getattr(config, "start", None) == "matrix"
 
 
 def suggestion(word: str, known: Any) -> str:

@@ -41,8 +41,11 @@ class LassoSolution(NamedTuple):
       objective: (...,) `P(x)`, squared counts.
       gap: (...,) duality gap: the objective is at most this far above the optimum.
       relative_gap: (...,) the gap as a share of the objective.
-      primal: (...,) `||x - z||` of ADMM's last iteration, counts; None for the others.
-      dual: (...,) `rho ||z - z_previous||` of the same; None for the others.
+      primal: (...,) residual of the last iteration, counts: `||x - z||` for ADMM,
+        `||x - v||` for ISTA and FISTA, whose step goes from `v` to `x`. It is 0 at the
+        optimum, and NaN where no iteration was taken.
+      dual: (...,) likewise: `rho ||z - z_previous||` for ADMM, `L ||x - v||` for the
+        others, where `P` has a subgradient at `x` that is not longer.
       converged: (...,) bool: the relative gap is within the tolerance.
     """
 
@@ -51,8 +54,8 @@ class LassoSolution(NamedTuple):
     objective: jax.Array
     gap: jax.Array
     relative_gap: jax.Array
-    primal: jax.Array | None
-    dual: jax.Array | None
+    primal: jax.Array
+    dual: jax.Array
     converged: jax.Array
 
 
@@ -179,15 +182,20 @@ class _Candidate(NamedTuple):
 
 
 class _Momentum(NamedTuple):
-    """Extrapolated point `v` of FISTA, its correlation, and the count `t` (..., 1, 1)."""
+    """Extrapolated point `v` of FISTA, its correlation, and the count `t` (..., 1, 1).
+
+    The residuals (...,) are those of the last iteration, here and in `_Alternation`.
+    """
 
     v: jax.Array
     correlation: jax.Array
     t: jax.Array
+    primal: jax.Array
+    dual: jax.Array
 
 
 class _Alternation(NamedTuple):
-    """ADMM's iterate and the residuals (...,) of its last iteration."""
+    """ADMM's iterate, and residuals (...,)."""
 
     iterate: Iterate
     primal: jax.Array
@@ -246,8 +254,8 @@ def _iterate(
         objective=last.objective,
         gap=last.gap,
         relative_gap=last.relative_gap,
-        primal=getattr(last.memory, "primal", None),
-        dual=getattr(last.memory, "dual", None),
+        primal=last.memory.primal,
+        dual=last.memory.dual,
         converged=last.relative_gap <= tolerance,
     )
 
@@ -307,7 +315,8 @@ def _certify(
 
 def _begin_gradient(problem: _Problem, x: jax.Array, _: bool) -> _Momentum:
     t = jnp.ones((*problem.y.shape[:-2], 1, 1), x.dtype)
-    return _Momentum(x, _evaluate(x, problem).correlation, t)
+    unknown = _unknown(problem)
+    return _Momentum(x, _evaluate(x, problem).correlation, t, unknown, unknown)
 
 
 def _proximal_gradient(
@@ -320,27 +329,29 @@ def _proximal_gradient(
 
     with t = 1 again where the step turns back, `<v - x', x' - x> > 0`.
     """
-    v, correlation, t = momentum
+    v, correlation, t, *_ = momentum
     # A rounded L may lie below the true one, where the step would be too long.
     length = (1 - 8 * jnp.finfo(v.dtype).eps) / problem.operator.norm() ** 2
     stepped = v + length * correlation
     x = admm.soft_threshold(stepped, length * problem.lam, nonneg=problem.nonneg)
     after = _evaluate(x, problem)
+    primal = jnp.sqrt(_total((x - v) ** 2))
+    residuals = {"primal": primal, "dual": primal / length}
     if not accelerated:
-        return after, _Momentum(x, after.correlation, t)
+        return after, _Momentum(x, after.correlation, t, **residuals)
     move = x - before.x
     t = jnp.where(_total((v - x) * move, keepdims=True) > 0, 1, t)
     following = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
     beta = (t - 1) / following
     # Phi^T (y - Phi v) is affine in v: extrapolating it saves the operator's products.
     turned = after.correlation + beta * (after.correlation - before.correlation)
-    return after, _Momentum(x + beta * move, turned, following)
+    return after, _Momentum(x + beta * move, turned, following, **residuals)
 
 
 def _begin_admm(problem: _Problem, x: jax.Array, cold: bool) -> _Alternation:
     """At an optimum `rho u = Phi^T (y - Phi x)`, within the bounds of the dual problem."""
     y, operator, lam, nonneg, rho, _ = problem
-    unknown = jnp.full(y.shape[:-2], jnp.nan, x.dtype)
+    unknown = _unknown(problem)
     if cold:
         return _Alternation(admm.zero_start(y, operator, rho), unknown, unknown)
     correlation = _evaluate(x, problem).correlation
@@ -348,6 +359,11 @@ def _begin_admm(problem: _Problem, x: jax.Array, cold: bool) -> _Alternation:
     u = u / rho
     r, _ = admm.reconstruction_step(y, x, u, operator, rho)
     return _Alternation(Iterate(x=r, z=x, u=u), unknown, unknown)
+
+
+def _unknown(problem: _Problem) -> jax.Array:
+    """Residual (...,) before the first iteration."""
+    return jnp.full(problem.y.shape[:-2], jnp.nan, problem.y.dtype)
 
 
 def _alternate(

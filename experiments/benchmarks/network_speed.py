@@ -5,7 +5,7 @@
 Methods take turns, so that whatever else the machine does hits all of them; a ratio is that
 of one turn, and shown with its range over the turns. Forward is the jitted network on frames
 that lie on the device, training the whole compiled step (simulation, loss, gradient, AdamW).
-`dscsnet` is of the architecture of the packaged weights; speed does not depend on values.
+`dscsnet` has the architecture of the packaged weights; speed does not depend on values.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dscsnet_jax.estimation.network_map import network_of
+from dscsnet_jax.estimation.unmix import pretrained
 from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.training.config import default_config
@@ -91,6 +93,8 @@ def main() -> None:
     print(f"frames of {size} x {size}, batches of {args.batch}, {device}, jax {jax.__version__}")
     first, *_ = args.methods
     networks = {name: make_network(name) for name in args.methods}
+    if "dscsnet" in networks:
+        networks["dscsnet"] = network_of(pretrained())
     made = {name: works(network, size, args.batch) for name, network in networks.items()}
     operator = sensing_operator(size, division=3, sigma=0.5)
     for name, network in networks.items():

@@ -1,5 +1,7 @@
 """Blocks: pieces of one shape, on as many cores as there are."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,31 @@ def test_an_error_in_a_later_block_is_the_callers() -> None:
 
     with pytest.raises(ValueError, match="more than five"):
         in_blocks(picky, np.arange(12.0), size=2)
+
+
+def test_as_many_blocks_run_at_a_time_as_there_are_cores(cores: int) -> None:
+    """The first of a function's blocks compiles alone; afterwards all run side by side."""
+    together = threading.Barrier(cores)
+    calls: list[bool] = []
+
+    def meet(a: np.ndarray) -> np.ndarray:
+        calls.append(True)
+        if len(calls) > 1:
+            together.wait(timeout=20)
+        return a
+
+    in_blocks(meet, np.arange(2.0), size=2)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(in_blocks(meet, np.arange(6.0), size=2), np.arange(6.0))
+
+
+@pytest.mark.parametrize(
+    "setting", [("default_prng_impl", "rbg"), ("threefry_partitionable", False)]
+)
+def test_random_numbers_are_the_same_in_every_block(setting: tuple[str, object]) -> None:
+    name, value = setting
+    with getattr(jax, name)(value):
+        drawn = in_blocks(
+            lambda a: a + jax.random.normal(jax.random.key(0), (2,)), np.zeros(8), size=2
+        )
+    assert np.unique(drawn).size == 2

@@ -10,6 +10,7 @@ from scipy.stats import truncnorm
 from dscsnet_jax.estimation.observe import Observation, observe
 from dscsnet_jax.estimation.posterior import Posterior, sample_posterior
 from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.refine import refine_frames
 from dscsnet_jax.physics.limits import cramer_rao, information_root
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.sensor import Sensor
@@ -40,6 +41,8 @@ TRUTH = from_lists(SCENES, SLOTS)
 SWAPPED = Targets(TRUTH.position[:, ::-1], TRUTH.intensity[:, ::-1], TRUTH.mask[:, ::-1])
 # One structure for all priors of this file: the chains are compiled once.
 LIMITED = ScenePrior(intensity=(235.0, 250.0), separation=0.9, extent=4.0)
+# And one set of options.
+sample = partial(sample_posterior, width_slope=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,12 @@ def seen() -> Observation:
 
 @pytest.fixture(scope="module")
 def free(seen: Observation) -> Posterior:
-    return sample_posterior(seen, TRUTH)
+    return sample(seen, TRUTH)
 
 
 @pytest.fixture(scope="module")
 def limited(seen: Observation) -> Posterior:
-    return sample_posterior(seen, TRUTH, LIMITED)
+    return sample(seen, TRUTH, LIMITED)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def test_exchanged_targets_are_the_same_targets(
     seen: Observation, free: Posterior, bounds: np.ndarray
 ) -> None:
     """Turns by half a circle exchange equal targets: that must not blur their places."""
-    other = sample_posterior(seen, SWAPPED)
+    other = sample(seen, SWAPPED)
     frames = [4, 5, 6, 7]
     np.testing.assert_array_equal(other.targets.mask, SWAPPED.mask)
     off = table(other.targets)[frames, ::-1] - table(free.targets)[frames]
@@ -180,9 +183,24 @@ def test_exchanged_targets_are_the_same_targets(
     assert np.abs(off).max() > 0  # other chains
 
 
+def test_width_slope_is_that_of_the_evidence(seen: Observation) -> None:
+    """Where the posterior is Gaussian, Laplace's evidence has no error; the PSF is too narrow."""
+
+    def evidence(factor: float) -> np.ndarray:
+        wide = seen.replace(sigma=np.float32(factor) * seen.sigma)
+        fit = refine_frames(wide, TRUTH)
+        return -np.float64(fit.cost + fit.log_determinant / 2)
+
+    expected = (evidence(0.92) - evidence(0.88)) / np.log(0.92 / 0.88)
+    slope = sample(seen.replace(sigma=np.float32(0.9) * seen.sigma), TRUTH).width_slope
+    gaussian = slice(ALONE.start, APART.stop)
+    assert expected[gaussian].min() > 50
+    np.testing.assert_allclose(slope[gaussian], expected[gaussian], rtol=0.1)
+
+
 def test_seeds(seen: Observation, free: Posterior) -> None:
-    assert_same(sample_posterior(seen, TRUTH), free)
-    other = sample_posterior(seen, TRUTH, seed=1)
+    assert_same(sample(seen, TRUTH), free)
+    other = sample(seen, TRUTH, seed=1)
     off = (table(other.targets) - table(free.targets))[:8][TRUTH.mask[:8]]
     error = free.std[:8][TRUTH.mask[:8]] * (2 / (SAMPLES / 5)) ** 0.5
     assert np.abs(off / error).max() < 4
@@ -192,7 +210,7 @@ def test_seeds(seen: Observation, free: Posterior) -> None:
 def test_frames_do_not_depend_on_each_other(seen: Observation, free: Posterior) -> None:
     order = np.array([9, 3, 4])
     some = partial(jax.tree.map, lambda a: np.asarray(a)[order])
-    assert_same(sample_posterior(some(seen), some(TRUTH)), some(free))
+    assert_same(sample(some(seen), some(TRUTH)), some(free))
 
 
 def test_row13_what_cannot_be_told_apart_has_large_errors(free: Posterior) -> None:
@@ -205,4 +223,4 @@ def test_row13_what_cannot_be_told_apart_has_large_errors(free: Posterior) -> No
 )
 def test_too_few_chains_or_steps_are_refused(seen: Observation, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 2 chains"):
-        sample_posterior(seen, TRUTH, **wrong)
+        sample(seen, TRUTH, **wrong)

@@ -154,6 +154,12 @@ def test_row7_images_are_read_as_stored(tmp_path: Path, suffix: str, dtype: type
     np.testing.assert_array_equal(stack.frames[0], array)
 
 
+@pytest.mark.parametrize("kind", ["u1", "<u2", ">u2"])
+def test_row4_the_full_well_is_that_of_the_stored_type(tmp_path: Path, kind: str) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 3, 3), kind))
+    assert read_frames(tmp_path / "a.npy").full_well == np.iinfo(kind).max
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_png_round_trip_of_encode(tmp_path: Path, bits: int) -> None:
     frame = np.array([[0.0, 2.0**bits - 1], [7.0, 100.0]], np.float32)

@@ -16,6 +16,7 @@ from dscsnet_jax.training.config import (
     make_preset,
     set_field,
 )
+from dscsnet_jax.unfolding.baselines.ista_net import IstaNetConfig
 from dscsnet_jax.unfolding.network import NetworkConfig
 
 OWN = ("sigma", "read_noise", "offset", "intensity_low", "intensity_high")
@@ -52,6 +53,22 @@ def test_the_method_brings_its_own_hyper_parameters(tmp_path: Path) -> None:
         load_config(path, ["method=lsta"])
     # The file's own method named once more changes nothing.
     assert make_method(load_config(path, ["method=dscsnet"])).config.channels == 8
+    # Another method has its own, but for what the file changes and it has, too.
+    changed = write(tmp_path, "config.network.channels = 8; config.network.tied = True")
+    other = make_method(load_config(changed, ["method=ista_net", "network.iterations=3"])).config
+    assert (other.channels, other.iterations) == (8, 3)
+    plain = write(tmp_path)
+    assert make_method(load_config(plain, ["method=ista_net"])).config == IstaNetConfig()
+    named = write(tmp_path, "config.method = 'ista_net'")
+    assert make_method(load_config(named)).config == IstaNetConfig()
+
+
+def test_networks_bound_to_one_size_are_not_scored_on_another(tmp_path: Path) -> None:
+    path = write(tmp_path, "config.scene.frame_size = 7")
+    for other in (["method=lista"], ["method=ista_net", "network.start=matrix"]):
+        with pytest.raises(ValueError, match="bound to one size of frames"):
+            load_config(path, other)
+    load_config(path, ["method=ista_net"])
 
 
 def test_optics_and_sensor_are_the_presets_own_unless_they_are_set(tmp_path: Path) -> None:

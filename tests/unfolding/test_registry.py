@@ -22,6 +22,12 @@ def test_unknown_names_tell_the_known_ones() -> None:
         make_network("dscsnet", q=3)
 
 
+@pytest.mark.parametrize(("field", "value"), [("iterations", "3"), ("channels", 2.5), ("tied", 1)])
+def test_a_value_of_another_type_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"hyper-parameter '{field}' is of type .*, got {value!r}"):
+        make_network("dscsnet", **{field: value})
+
+
 def test_a_name_is_given_once() -> None:
     class Other:
         """Not DSCSNet."""

@@ -1,5 +1,6 @@
 """Solvers: optimum against independent solvers, certificate, freezing, implicit derivative."""
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -147,6 +148,7 @@ def test_ista_and_fista_take_their_textbook_steps(x64: None) -> None:
         for k in range(1, 201):
             stepped = v - length * matrix.T @ (matrix @ v - frame)
             before, x = x, np.maximum(stepped - 2.0 * length, 0)
+            moved = np.linalg.norm(x - v)
             if method == "fista" and (v - x) @ (x - before) > 0:
                 t, restarts = 1.0, restarts + 1
             following = (1 + np.sqrt(1 + 4 * t**2)) / 2
@@ -156,6 +158,8 @@ def test_ista_and_fista_take_their_textbook_steps(x64: None) -> None:
                 answer = solve(y, operator, lam=2.0, method=method, max_iterations=k)
                 np.testing.assert_allclose(flat(answer.x)[0], x, rtol=0, atol=1e-8)
                 assert answer.iterations.tolist() == [k]
+                np.testing.assert_allclose(answer.primal, moved, rtol=1e-6)
+                np.testing.assert_allclose(answer.dual, moved / length, rtol=1e-6)
         assert restarts > 0 or method == "ista"
 
 
@@ -166,8 +170,6 @@ def test_admm_is_the_unfolded_iteration(x64: None) -> None:
     answer = solve(y, operator, lam=2.0, method="admm", rho=0.2, eta=1.2, max_iterations=7)
     assert answer.iterations.tolist() == [7, 7, 7]
     np.testing.assert_allclose(answer.x, unfolded.x, rtol=0, atol=1e-11)
-    assert answer.primal is not None
-    assert answer.dual is not None
     np.testing.assert_allclose(answer.primal, unfolded.trace["primal"][-1], rtol=1e-11)
     np.testing.assert_allclose(answer.dual, unfolded.trace["dual"][-1], rtol=1e-11)
 
@@ -235,6 +237,31 @@ def test_frames_of_no_signal_are_solved_before_they_start(x64: None) -> None:
     assert answer.converged.all()
     assert not answer.x[jnp.array([0, 2])].any()
     assert answer.relative_gap[2] == 0
+    for residual in (answer.primal, answer.dual):
+        assert jnp.isnan(residual).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("method", ["ista", "fista"])
+def test_dual_residual_bounds_the_least_subgradient(x64: None, method: str) -> None:
+    operator = operator_of()
+    y, matrix = scenes(operator), dense(operator)
+    early, late = (solve(y, operator, lam=LAM, method=method, max_iterations=k) for k in (3, 300))
+    for answer in (early, late):
+        for frame, x, lam, dual in zip(flat(y), flat(answer.x), LAM, answer.dual, strict=True):
+            slope = matrix.T @ (matrix @ x - frame) + lam
+            least = np.linalg.norm(np.where(x > 0, slope, np.minimum(slope, 0)))
+            assert 0 < least <= dual
+    assert (late.dual < 0.1 * early.dual).all()
+
+
+@pytest.mark.parametrize("method", ["fista", "admm"])
+def test_residuals_vanish_at_the_optimum(x64: None, method: str) -> None:
+    operator = operator_of()
+    run = partial(solve, scenes(operator), operator, lam=LAM, method=method)
+    early = run(max_iterations=3)
+    last = run(tolerance=1e-8, max_iterations=50_000)
+    assert (last.primal < 1e-3 * early.primal).all()
+    assert (last.dual < 1e-3 * early.dual).all()
 
 
 # --- batches and starts ---------------------------------------------------------------
@@ -249,8 +276,7 @@ def test_row01_frame_is_not_touched_by_its_batch(method: str) -> None:
     for others in (0.0, jnp.nan, 1000.0):
         changed = run(jnp.full_like(y, others).at[1].set(y[1]))
         for got, expected in zip(changed, together, strict=True):
-            if expected is not None:
-                np.testing.assert_array_equal(got[1], expected[1])
+            np.testing.assert_array_equal(got[1], expected[1])
         if jnp.isnan(others):
             assert changed.converged.tolist() == [False, True, False]
             assert changed.iterations[0] == 0
@@ -395,6 +421,24 @@ def test_second_derivative_equals_finite_differences_of_the_first(x64: None) -> 
     np.testing.assert_allclose(curvature, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["fista", "admm"])
+def test_memory_of_the_derivative_does_not_grow_with_the_iterations(method: str) -> None:
+    y, operator = scenes(operator_of()), operator_of()
+
+    def solved(lam: jax.Array, count: int) -> jax.Array:
+        return solve_lasso(y, operator, lam=lam, method=method, max_iterations=count).x
+
+    def unfolded(lam: jax.Array, count: int) -> jax.Array:
+        return admm.admm_lasso(y, operator, lam=lam, num_iterations=count).x
+
+    def temporary(answer: Callable[..., jax.Array], count: int) -> int:
+        slope = quick_jit(jax.grad(lambda lam: answer(lam, count).sum()))
+        return slope.lower(1.0).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(solved, 10_000) == temporary(solved, 10) > 0
+    assert temporary(unfolded, 100) > 5 * temporary(unfolded, 10)  # what would grow is seen
+
+
 def total_of(
     lam: jax.Array, scale: ArrayLike = 1.0, **options: Any
 ) -> tuple[jax.Array, LassoSolution]:
@@ -413,9 +457,8 @@ def test_row34_derivative_is_refused_without_convergence(method: str) -> None:
     assert answer.iterations.tolist() == [20, 20, 0]
     assert (answer.relative_gap[:2] > 1e-4).all()
     assert (answer.gap[:2] > 0).all()
-    if method == "admm":
-        assert answer.primal is not None
-        assert (answer.primal[:2] > 0).all()
+    assert (answer.primal[:2] > 0).all()
+    assert (answer.dual[:2] > 0).all()
     with pytest.raises(ValueError, match="refused: 2 of 3 frames have not converged"):
         jax.grad(lambda lam: run(lam)[0].sum())(lam)
     with pytest.raises(ValueError, match="refused: 2 of 3 frames have not converged"):

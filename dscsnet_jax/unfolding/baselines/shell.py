@@ -29,7 +29,7 @@ class Baseline:
 
     def scale(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Counts (B,) that the network sees as 1: the same for all frames."""
-        return jnp.full(len(y), self.config.intensity_scale, y.dtype)
+        return jnp.full(len(y), self.config.intensity_scale, jnp.result_type(y, float))
 
     def apply(
         self,
