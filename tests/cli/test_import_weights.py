@@ -113,6 +113,21 @@ def test_row30_nothing_is_written_of_a_file_that_is_refused(
     assert not list(tmp_path.glob("w.*"))
 
 
+def test_each_argument_is_blamed_for_its_own_fault(
+    argv: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    np.save(tmp_path / "q.npy", np.ones((3, 3), np.float32))
+    assert run_command([*argv, "--initial-matrix", str(tmp_path / "q.npy")]) == 2
+    said = capsys.readouterr().err
+    assert "q.npy: the initial matrix: expected shape (1089, 121), got (3, 3)" in said
+    assert "ista_net_tiny.pth" not in said
+    argv[argv.index("ista_net")] = "dista_net"
+    assert run_command([*argv, "--branch-weight", "1.5"]) == 2
+    said = capsys.readouterr().err
+    assert "branch_weight must be in 0..1, got 1.5" in said
+    assert "ista_net_tiny.pth" not in said
+
+
 def test_existing_weights_are_replaced_by_force_only(
     argv: list[str], tmp_path: Path, capsys: Captured
 ) -> None:

@@ -174,7 +174,7 @@ def test_width_of_the_psf_is_recovered(
     wrong = seen.replace(sigma=seen.sigma * 1.1)
     found, targets = fit_width(wrong, noisy[0], PRIOR)
     assert found.sigma.shape == (32, 2)
-    np.testing.assert_allclose(found.sigma, 0.5, rtol=0.01)
+    np.testing.assert_allclose(found.sigma, 0.5, rtol=0.02)  # of 32 frames
     assert np.unique(found.sigma).size == 1
     right = np.asarray(targets.count) == np.asarray(noisy[0].count)
     assert right.mean() > 0.6

@@ -22,11 +22,13 @@ from dscsnet_jax.io.weights import load_weights
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.physics.targets import Targets
+from dscsnet_jax.training.config import load_config, make_method
 from dscsnet_jax.training.step import make_optimiser
 from dscsnet_jax.unfolding import baselines, registry
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+ROOT = Path(__file__).parents[2]
+CONTRIBUTING, CONFIG = ROOT / "CONTRIBUTING.md", ROOT / "experiments/configs/csist_c3.py"
 TINY = budget.SCALES["tiny"]["bench"]
 
 
@@ -113,6 +115,15 @@ def test_a_newcomers_file_is_a_row_of_the_table(
     monkeypatch.setattr(budget, "train", None)  # a second call trains nothing
     assert run(tmp_path, newcomer)["rows"] == table["rows"]
     assert len(fitted) == 1
+
+    # What else CONTRIBUTING.md has it do: the training command, and the contract.
+    config = load_config(CONFIG, [f"method={newcomer}"])
+    network = make_method(config)
+    assert network == registry.make_network(newcomer, division=config.scene.division)
+    changed = np.concatenate([1e3 - 7 * frames[:1], frames[1:]])
+    other = network.apply(weights.params, jnp.asarray(changed), operator).x
+    assert (other[0] != x[0]).any()
+    np.testing.assert_array_equal(other[1:], x[1:])
 
 
 def test_a_solver_has_the_l1_weight_that_is_best_on_val(tmp_path: Path) -> None:

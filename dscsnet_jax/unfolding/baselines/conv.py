@@ -107,11 +107,12 @@ class ConvBaseline(Baseline):
           The network, and parameters as NumPy arrays in single precision.
 
         Raises:
-          ValueError: if names or shapes are not those of this method; names them, and the
-            method whose checkpoint it is.
+          ValueError: if names or shapes are not those of this method (names them, and the
+            method whose checkpoint it is), or the operator has frames of another size.
         """
         state = published.unwrapped(state)
         sizes = published.sizes(cls.layout, state)
+        published.check_frame_size(cls.layout, state, operator)
         if "frame_size" in {field.name for field in dataclasses.fields(cls().config)}:
             sizes["frame_size"] = operator.frame_shape[0]
         start = "least_squares" if initial is None else "matrix"
@@ -151,7 +152,7 @@ class ConvBaseline(Baseline):
         trace: bool,
     ) -> tuple[jax.Array, Any]:
         def iteration(x: jax.Array, p: Any) -> tuple[jax.Array, Any]:
-            following, error = self._block(p, x, gradient_step(x, y, operator, p["step"]))
+            following, error = self._block(p, x, data_gradient_step(x, y, operator, p["step"]))
             return following, record(following, error)
 
         start, parameters = self._start(params, y, operator), params["iterations"]
@@ -195,7 +196,7 @@ def least_squares(y: jax.Array, operator: SensingOperator) -> jax.Array:
     return operator.adjoint(operator.solve_gram(y, START_PENALTY))
 
 
-def gradient_step(
+def data_gradient_step(
     x: jax.Array, y: jax.Array, operator: SensingOperator, step: ArrayLike
 ) -> jax.Array:
     """`r = x - step Phi^T (Phi x - y)`: (..., cN, cM)."""

@@ -70,6 +70,7 @@ LAYOUT = Layout(
         **{f"{o}/{e}": f"{t}.{_ENDS[e]}" for o, t in _LAYERS.items() for e in _ENDS},
     },
     sizes={"channels": "conv1_forward", "hidden": "w1.weight"},
+    cells="w1.weight",
 )
 
 

@@ -32,7 +32,7 @@ from dscsnet_jax.unfolding import admm
 from dscsnet_jax.unfolding.baselines.conv import (
     ConvBaseline,
     ConvConfig,
-    gradient_step,
+    data_gradient_step,
     record,
     residual_block,
     residual_sizes,
@@ -168,7 +168,7 @@ class FistaNet(ConvBaseline):
         ) -> tuple[tuple[jax.Array, jax.Array], Any]:
             x, v = state
             mu, theta, rho = schedule(params["schedule"], k)
-            following, error = block(p, gradient_step(v, y, operator, mu), theta)
+            following, error = block(p, data_gradient_step(v, y, operator, mu), theta)
             v = following + rho * (following - x)
             return (following, v), record(following, error)
 

@@ -33,6 +33,8 @@ class Layout:
       outside: name outside of the iterations by our path.
       sizes: name in an iteration, of an array with the size of a field of the
         configuration as its first axis, by that field.
+      cells: name in an iteration, of the array with the cells of the map as its second
+        axis; empty: the method is for frames of any size.
       unused: names in an iteration that the published network holds and does not use.
       shared: all iterations hold the same arrays, which are stored once more as `bb`.
     """
@@ -41,6 +43,7 @@ class Layout:
     blocks: Mapping[str, str]
     sizes: Mapping[str, str]
     outside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cells: str = ""
     unused: frozenset[str] = frozenset()
     shared: bool = False
 
@@ -117,6 +120,25 @@ def sizes(layout: Layout, state: State) -> dict[str, int]:
             name = layout.sizes[field]
             raise ValueError(f"fcs.0.{name}: expected an array, got a single number")
     return {"iterations": iterations, **{field: len(array) for field, array in first.items()}}
+
+
+def check_frame_size(layout: Layout, state: State, operator: SensingOperator) -> None:
+    """Refuse a checkpoint that is bound to frames of another size than the operator's.
+
+    Raises:
+      ValueError: naming both sizes.
+    """
+    if not layout.cells:
+        return
+    array = state[f"fcs.0.{layout.cells}"]
+    (rows, cols), c = operator.frame_shape, operator.division
+    # Arrays of other ranks are refused by name, in `read`.
+    if array.ndim == 2 and array.shape[1] != rows * cols * c**2:
+        side = array.shape[1] ** 0.5 / c
+        raise ValueError(
+            f"the checkpoint is for frames of {side:.3g} x {side:.3g} pixels, the operator's have "
+            f"{rows} x {cols}, both of {c} x {c} cells a pixel"
+        )
 
 
 def read(layout: Layout, state: State, shapes: Mapping[str, Any]) -> dict[str, Any]:

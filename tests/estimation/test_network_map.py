@@ -1,0 +1,114 @@
+"""Network map: networks bound to one size of frames see whole frames, others windows."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dscsnet_jax.estimation import network_map
+from dscsnet_jax.estimation.observe import Observation, observe
+from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.readout import Readout, peak_centroids
+from dscsnet_jax.io.weights import Metadata, Weights, geometry_of
+from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
+from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
+from dscsnet_jax.unfolding.registry import make_network
+
+# Windows are of 7 x 7 pixels: too small for what is bound to 9 x 9.
+SIDE, WINDOW = 9, 7
+BACKGROUND, SIGMA, THRESHOLD = 10.0, 0.5, 40.0  # counts, pixels, counts
+TABLES = [[(2.1, 1.8, 240.0), (6.0, 6.7, 180.0)], [], [(4.0, 4.3, 220.0)]]
+SETTINGS: dict[str, Any] = {"threshold": THRESHOLD, "max_targets": 4, "batch_size": 8}
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@cache
+def seen(side: int) -> Observation:
+    def look() -> Observation:
+        y = BACKGROUND + render(from_lists(TABLES), frame_size=side, sigma=SIGMA)
+        return observe(y, sigma=SIGMA, noise=1.0, background=BACKGROUND)
+
+    return jax.tree.map(np.asarray, quick_jit(look)())
+
+
+def operator_of(side: int) -> SensingOperator:
+    return quick_jit(partial(sensing_operator, side, division=3, sigma=SIGMA))()
+
+
+def weights_of(name: str, **config: Any) -> Weights:
+    """Of a network as it is drawn, with every number moved."""
+    rng = np.random.default_rng(0)
+    operator = operator_of(SIDE)
+    network = make_network(name, **config)
+    params = jax.tree.map(
+        lambda a: np.float32(a * rng.normal(1, 0.02, a.shape)),
+        quick_jit(network.init)(jax.random.key(0), operator),
+    )
+    return Weights(params, Metadata(name, config, geometry_of(operator)))
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what the network is shown."""
+    shapes: list[tuple[int, ...]] = []
+    read = network_map.read_maps
+
+    def recorded(observation: Observation, *args: Any, **how: Any) -> Any:
+        shapes.append(observation.counts.shape[1:])
+        return read(observation, *args, **how)
+
+    monkeypatch.setattr(network_map, "read_maps", recorded)
+    return shapes
+
+
+def read_windows(side: int, weights: Weights) -> tuple[Targets, np.ndarray]:
+    return network_map.read_windows(seen(side), weights, ScenePrior(), **SETTINGS)
+
+
+def by_hand(weights: Weights, counts: np.ndarray, max_targets: int) -> Readout:
+    """The network applied to these pixels, and the rule that maps are read by."""
+    network = make_network(weights.metadata.method, **weights.metadata.config)
+    operator = operator_of(counts.shape[-1])
+
+    def both(params: Any, y: np.ndarray) -> Readout:
+        x = network.apply(params, y, operator).x
+        return peak_centroids(
+            x, division=3, threshold=THRESHOLD, separation=0.4, max_targets=max_targets
+        )
+
+    return quick_jit(both)(weights.params, counts - np.float32(BACKGROUND))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("lista", {"iterations": 2, "frame_size": SIDE}),
+        ("ista_net_plus", {"iterations": 1, "channels": 2, "start": "matrix"}),
+    ],
+)
+def test_bound_networks_see_whole_frames(
+    sides: list[tuple[int, ...]], name: str, config: dict[str, Any]
+) -> None:
+    weights = weights_of(name, **config)
+    found, over = read_windows(SIDE, weights)
+    expected = by_hand(weights, seen(SIDE).counts, max_targets=4)
+    assert sides == [(SIDE, SIDE)]
+    assert expected.targets.count[0] >= 2
+    np.testing.assert_array_equal(found.mask, expected.targets.mask)
+    np.testing.assert_allclose(found.position, expected.targets.position, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(found.intensity, expected.targets.intensity, rtol=1e-4)
+    np.testing.assert_array_equal(over, expected.truncated)
+
+
+def test_networks_for_any_frame_see_windows(sides: list[tuple[int, ...]]) -> None:
+    weights = weights_of("ista_net_plus", iterations=1, channels=2)
+    found, _ = read_windows(40, weights)
+    assert set(sides) == {(WINDOW, WINDOW)}
+    # The last frame's target is the only one of a window that begins at pixel (1, 1).
+    pixels = seen(40).counts[2:, 1 : 1 + WINDOW, 1 : 1 + WINDOW]
+    (expected,) = to_lists(by_hand(weights, pixels, max_targets=2).targets)
+    answers = to_lists(found)
+    assert [len(table) > 0 for table in answers] == [True, False, True]
+    np.testing.assert_allclose(answers[2], expected + np.array([1, 1, 0]), rtol=1e-4)
