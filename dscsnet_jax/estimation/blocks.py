@@ -19,6 +19,7 @@ import numpy as np
 
 BLOCK = 128
 _PIXELS = 1 << 22
+_FEW_SLOTS = 8
 # JAX's settings that a `with` sets for one thread only.
 _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
@@ -43,6 +44,16 @@ def frames_per_block(shape: tuple[int, ...]) -> int:
     """
     pixels = int(np.prod(shape))
     return int(np.clip(_PIXELS // max(pixels, 1), 1, BLOCK))
+
+
+def fits_per_block(slots: int) -> int:
+    """Windows of so many targets that go into a block: few of the large ones, which are rare.
+
+    Example:
+      >>> fits_per_block(4), fits_per_block(12)
+      (128, 16)
+    """
+    return BLOCK if slots <= _FEW_SLOTS else BLOCK // 8
 
 
 def in_blocks(function: Callable[..., Any], batched: Any, *shared: Any, size: int = BLOCK) -> Any:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.estimation import spd
-from dscsnet_jax.estimation.blocks import in_blocks
+from dscsnet_jax.estimation.blocks import fits_per_block, in_blocks
 from dscsnet_jax.estimation.objective import nearest_square, pack, residuals
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
@@ -149,7 +149,8 @@ def sample_posterior(
     )
     # Lanes come last: what has none, or only them, broadcasts from the front.
     with jax.numpy_rank_promotion("allow"):
-        return in_blocks(run, (observation, start), prior, np.uint32(seed))
+        size = fits_per_block(start.mask.shape[-1])
+        return in_blocks(run, (observation, start), prior, np.uint32(seed), size=size)
 
 
 _STATIC = (

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.estimation import spd
-from dscsnet_jax.estimation.blocks import in_blocks, take_rows
+from dscsnet_jax.estimation.blocks import fits_per_block, in_blocks, take_rows
 from dscsnet_jax.estimation.objective import Residuals, pack, residuals, unpack
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
@@ -140,13 +140,12 @@ def refine_frames(
     into blocks, so that few slow ones do not cost all the others their time.
     """
     first = _FIRST_ITERATIONS if num_iterations is None else num_iterations
-    fit = in_blocks(_refine_block, (observation, start), prior, np.int32(first))
+    run = partial(in_blocks, _refine_block, size=fits_per_block(start.mask.shape[-1]))
+    fit = run((observation, start), prior, np.int32(first))
     slow = np.flatnonzero(~fit.converged)
     if num_iterations is not None or not len(slow):
         return fit
-    more = in_blocks(
-        _refine_block, take_rows((observation, fit.targets), slow), prior, np.int32(NUM_ITERATIONS)
-    )
+    more = run(take_rows((observation, fit.targets), slow), prior, np.int32(NUM_ITERATIONS))
     return jax.tree.map(lambda old, new: _with_rows(old, slow, new), fit, more)
 
 
