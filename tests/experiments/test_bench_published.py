@@ -20,7 +20,7 @@ from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists
 from dscsnet_jax.unfolding.registry import make_network
 
-RATES = (5e-4, 2e-3)
+RATES = (2e-3, 5e-4)
 TINY = dataclasses.replace(budget.SCALES["tiny"]["bench"], rates=RATES)
 
 

@@ -353,8 +353,10 @@ def test_forward_mode_of_a_convolution_equals_differences(
 
 def test_forward_mode_by_the_psf_equals_differences_and_reverse_mode(x64: None) -> None:
     network, y = small("ista_net", iterations=2), frames().astype(float)
-    params = jax.tree.map(lambda a: a[:2].astype(float), parameters("ista_net"))
-    weight = np.random.default_rng(5).normal(size=(len(y), 3 * SIDE, 3 * SIDE))
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(lambda a: 0.4 * rng.normal(size=a[:2].shape), parameters("ista_net"))
+    params["iterations"] |= {"step": np.full(2, 0.1), "threshold": np.full(2, 0.01)}
+    weight = rng.normal(size=(len(y), 3 * SIDE, 3 * SIDE))
 
     def answer(sigma: jax.Array) -> jax.Array:
         seen = sensing_operator(SIDE, division=3, sigma=sigma)
