@@ -27,7 +27,7 @@ from dscsnet_jax.physics.targets import Targets, from_arrays
 
 ESTIMATES = ("mean", "map")
 _WIDTH_REACHES = (0.3, 0.1)  # of the factor's logarithm, in each pass
-_WIDTH_STEP = 0.02  # of the factor's logarithm: for differences, and the longest last step
+_WIDTH_STEP = 0.02  # of the factor's logarithm, for the slope's own slope
 _SEARCHES = 3  # for targets that the start had missed, and for room
 _CLIP = 4.0  # standard deviations
 _LEAST_OF_GUESS = 0.5  # a fit of few pixels may leave next to nothing
@@ -154,8 +154,8 @@ def fit_width(
     For each trial width all targets are fitted anew; the width with the largest Laplace
     evidence is taken. (The likelihood alone prefers narrow PSFs: noise drives the places of
     blended targets apart.) As a wrong width asks for wrong counts, counts are selected in
-    between. A last step corrects the slope of Laplace's evidence, which ignores the prior's
-    hard limits and is some 1 % narrow, by that of posterior chains, where they have mixed.
+    between. Laplace's evidence ignores the prior's hard limits and is then some 1 % narrow:
+    where there are any, the slope by the width of posterior chains is brought to zero at last.
 
     Args:
       observation: B frames with a first guess of the width.
@@ -180,14 +180,6 @@ def fit_width(
             observation, sigma=(guess * np.exp(log_factor)).astype(guess.dtype)
         )
 
-    def evidence(
-        trial: float, start: Targets
-    ) -> tuple[np.ndarray, list[tuple[windows.Windows, Fit]]]:
-        """Laplace evidence of each window, and the fits."""
-        parts, _ = _fitted(widened(trial), start, prior, spare=1, sigma=largest)
-        each = [np.float64(fit.cost) + np.float64(fit.log_determinant) / 2 for _, fit in parts]
-        return -np.concatenate(each), parts
-
     log_factor = 0.0
     for reach in _WIDTH_REACHES:
         counted, _ = _counted(widened(log_factor), start, prior, greedy, slots)
@@ -196,28 +188,32 @@ def fit_width(
             raise ValueError("without targets the width of the PSF cannot be fitted")
 
         def cost(trial: float, start: Targets = start) -> float:
-            return -float(evidence(trial, start)[0].sum())
+            parts, _ = _fitted(widened(trial), start, prior, spare=1, sigma=largest)
+            spent = (fit.cost + fit.log_determinant / 2 for _, fit in parts)
+            return float(sum(one.sum(dtype=float) for one in spent))
 
         bounds = (log_factor - reach, log_factor + reach)
         log_factor = optimize.minimize_scalar(
             cost, bounds=bounds, method="bounded", options={"xatol": 1e-4, "maxiter": 20}
         ).x
 
-    (low, _), (middle, parts), (high, _) = (
-        evidence(log_factor + move, start) for move in (-_WIDTH_STEP, 0.0, _WIDTH_STEP)
-    )
-    chains = [
-        sample_posterior(w.observation, fit.targets, prior, width_slope=True, seed=seed)
-        for w, fit in parts
-    ]
-    mixed, slope = (
-        np.concatenate([np.asarray(getattr(chain, name)) for chain in chains])
-        for name in ("mixed", "width_slope")
-    )
-    slope = np.where(mixed, slope, (high - low) / (2 * _WIDTH_STEP)).sum()
-    curvature = (2 * middle - low - high).sum() / _WIDTH_STEP**2
-    if curvature > 0:
-        log_factor += float(np.clip(slope / curvature, -_WIDTH_STEP, _WIDTH_STEP))
+    if prior.intensity is None and prior.extent is None and float(prior.separation) == 0:
+        return widened(log_factor), start
+
+    def slope(trial: float) -> float:
+        parts, _ = _fitted(widened(trial), start, prior, spare=1, sigma=largest)
+        chains = (
+            sample_posterior(w.observation, fit.targets, prior, width_slope=True, seed=seed)
+            for w, fit in parts
+        )
+        return float(sum(chain.width_slope.sum(dtype=float) for chain in chains))
+
+    trials = log_factor, log_factor + _WIDTH_STEP
+    first, second = map(slope, trials)
+    if first > second:  # the evidence has its maximum where the slope falls through zero
+        reach = _WIDTH_REACHES[-1]
+        move = float(np.clip(first / (first - second) * _WIDTH_STEP, -reach, reach))
+        log_factor += move
     return widened(log_factor), start
 
 
