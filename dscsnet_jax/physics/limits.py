@@ -254,7 +254,8 @@ def estimates_at_bound(
     """
     mask = jnp.asarray(targets.mask)
     inverse, _ = _inverse_root(root)
-    normal = jax.random.normal(key, root.shape[:-1], root.dtype)
+    # In another type the same key would draw other numbers.
+    normal = jax.random.normal(key, root.shape[:-1], jnp.float32).astype(root.dtype)
     error = jnp.einsum("...pq,...q->...p", inverse, normal, precision="highest")
     error = error.reshape(*mask.shape, 3)
     intensity = targets.intensity + error[..., 2]

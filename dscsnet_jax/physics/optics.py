@@ -158,6 +158,7 @@ class SensingOperator:
         """
         gram_row = _matmul("ia,ja->ij", self.response_row, self.response_row)
         gram_col = _matmul("ia,ja->ij", self.response_col, self.response_col)
+        t = jnp.asarray(t, jnp.result_type(t, self.response_row))
         rho = jnp.asarray(rho, t.dtype)
         constant = jax.lax.stop_gradient
         basis_row, basis_col = constant(self.basis_row), constant(self.basis_col)
@@ -201,6 +202,7 @@ class SensingOperator:
           >>> bool(jnp.allclose(op.solve(b, 0.1), x, atol=1e-4))
           True
         """
+        rho = jnp.asarray(rho, jnp.result_type(b, self.response_row))
 
         def inverse(b: jax.Array) -> jax.Array:
             return (b - self.adjoint(self.solve_gram(self.apply(b), rho))) / rho

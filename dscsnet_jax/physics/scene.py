@@ -3,11 +3,15 @@
 The protocol is written from the published facts of the CSIST benchmark: one cluster
 a frame, one to five targets within one pixel, no two closer than half a pixel. The
 frames are ours, simulated on the fly; they are not the published CSIST-100K set.
+
+Scenes are float32 also where JAX is set to float64: a random number of another type is
+another number, and a seed shall name the same frames in every setting.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +22,9 @@ from jax.typing import ArrayLike
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.sensor import Sensor, digital, expose, variance
 from dscsnet_jax.physics.targets import Targets
+
+_normal = partial(jax.random.normal, dtype=jnp.float32)
+_uniform = partial(jax.random.uniform, dtype=jnp.float32)
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 _ROWS = 64
@@ -223,13 +230,13 @@ def sample_targets(cluster: ClusterModel, frame_size: int, key: jax.Array) -> Ta
     """
     place_key, count_key, pixel_key, intensity_key = jax.random.split(key, 4)
     slots = cluster.max_targets
-    drawn = jnp.round(cluster.count_mean + cluster.count_std * jax.random.normal(count_key))
+    drawn = jnp.round(cluster.count_mean + cluster.count_std * _normal(count_key))
     wanted = jnp.clip(drawn, 1, slots).astype(jnp.int32)
     last = frame_size - 1 - cluster.margin
-    pixel = jax.random.randint(pixel_key, (2,), cluster.margin, last + 1)
+    pixel = jax.random.randint(pixel_key, (2,), cluster.margin, last + 1, jnp.int32)
     offset, possible = _place(place_key, slots, cluster.separation, *cluster.extent)
     mask = (jnp.arange(slots) < wanted) & possible
-    intensity = jax.random.uniform(
+    intensity = _uniform(
         intensity_key, (slots,), minval=cluster.intensity[0], maxval=cluster.intensity[1]
     )
     return Targets(
@@ -262,7 +269,7 @@ def simulate(preset: Preset, keys: jax.Array) -> Scene:
             return _varied(preset, preset.variation, targets, sensor_key)
         expected = optics.render(targets, frame_size=preset.frame_size, sigma=preset.sigma)
         frame = expose(preset.sensor, sensor_key, expected)
-        noise = jnp.sqrt(variance(preset.sensor, jnp.zeros(())))
+        noise = jnp.sqrt(variance(preset.sensor, jnp.float32(0)))
         return Scene(targets, frame, jnp.asarray(preset.sensor.offset, noise.dtype), noise)
 
     return jax.vmap(one)(keys)
@@ -271,7 +278,7 @@ def simulate(preset: Preset, keys: jax.Array) -> Scene:
 def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array) -> Scene:
     """Record one frame under conditions of its own."""
     condition_key, error_key, sensor_key = jax.random.split(key, 3)
-    share = jax.random.uniform(condition_key, (6,))
+    share = _uniform(condition_key, (6,))
 
     def between(index: int, low_high: tuple[float, float]) -> jax.Array:
         return low_high[0] + (low_high[1] - low_high[0]) * share[index]
@@ -292,9 +299,9 @@ def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array)
     frame = jnp.where(
         is_digital, expose(eight_bit, sensor_key, expected), expose(plain, sensor_key, expected)
     )
-    none = jnp.zeros(())
+    none = jnp.float32(0)
     noise = jnp.sqrt(jnp.where(is_digital, variance(eight_bit, none), variance(plain, none)))
-    error = jax.random.normal(error_key, (2,))
+    error = _normal(error_key, (2,))
     return Scene(
         targets,
         frame,
@@ -340,7 +347,7 @@ def _place(
 
     Returns (slots, 2) places and (slots,) whether each could be placed.
     """
-    uniform = jax.random.uniform(key, (slots, 4))
+    uniform = _uniform(key, (slots, 4))
     radius = separation / (high - low)
     placed, possible = [uniform[0, :2]], [jnp.array(True)]
     for slot in range(1, slots):

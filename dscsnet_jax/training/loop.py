@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -329,7 +330,9 @@ class _Run:
 
 
 def _operator(preset: Preset) -> SensingOperator:
-    return sensing_operator(preset.frame_size, division=preset.division, sigma=preset.sigma)
+    # Networks train in single precision also where JAX is set to another.
+    sigma = np.asarray(preset.sigma, np.float32)
+    return sensing_operator(preset.frame_size, division=preset.division, sigma=sigma)
 
 
 def _progress() -> Progress:

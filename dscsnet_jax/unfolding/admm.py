@@ -220,8 +220,7 @@ def default_unroll() -> int | bool:
 
 def zero_start(y: jax.Array, operator: SensingOperator, rho: ArrayLike) -> Iterate:
     """Enter the cycle: the reconstruction step for z = u = 0."""
-    dtype = jnp.result_type(y, operator.response_row)  # frames may be whole counts
-    zero = jnp.zeros((*y.shape[:-2], *operator.map_shape), dtype)
+    zero = jnp.zeros((*y.shape[:-2], *operator.map_shape), precision(y, operator))
     x, _ = reconstruction_step(y, zero, zero, operator, rho)
     return Iterate(x=x, z=zero, u=zero)
 
@@ -264,9 +263,9 @@ def admm_lasso(
     y: jax.Array,
     operator: SensingOperator,
     *,
-    rho: float = 0.1,
-    lam: float = 1.0,
-    eta: float = 1.0,
+    rho: ArrayLike = 0.1,
+    lam: ArrayLike = 1.0,
+    eta: ArrayLike = 1.0,
     num_iterations: int = 100,
     nonneg: bool = True,
     unroll: int | bool = 1,
@@ -303,6 +302,8 @@ def admm_lasso(
       Boyd et al., Distributed optimization and statistical learning via ADMM, 2011, 6.4.
     """
     check_frame_shape(y, operator)
+    # Numbers of another precision would change that of the iterate, which a scan refuses.
+    rho, lam, eta = (jnp.asarray(a, precision(y, operator)) for a in (rho, lam, eta))
 
     def step(iterate: Iterate, _: Any) -> tuple[Iterate, Any]:
         return lasso_step(iterate, y, operator, rho=rho, lam=lam, eta=eta, nonneg=nonneg)
@@ -310,6 +311,29 @@ def admm_lasso(
     start = zero_start(y, operator, rho)
     last, seen = unfold(step, start, jnp.arange(num_iterations), unroll=unroll, trace=trace)
     return Unfolded(x=last.z, trace=seen)
+
+
+def precision(y: jax.Array, operator: SensingOperator) -> Any:
+    """Floating-point type that frames are worked on in: that of frames and operator.
+
+    Frames may be whole counts.
+
+    Example:
+      >>> from dscsnet_jax.physics.optics import sensing_operator
+      >>> precision(jnp.zeros((5, 5), int), sensing_operator(5, division=3, sigma=0.5))
+      dtype('float32')
+    """
+    return jnp.result_type(y, operator.response_row)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """Every leaf of a pytree as a strongly typed array of one type.
+
+    Example:
+      >>> cast({"rho": 0.5}, jnp.float32)["rho"].dtype
+      dtype('float32')
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
 
 def check_frame_shape(y: jax.Array, operator: SensingOperator) -> None:

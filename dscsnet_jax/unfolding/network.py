@@ -133,7 +133,8 @@ class AttentionThreshold(nn.Module):
         qkv = nn.Dense(3 * self.channels, name="qkv")(tokens)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:-1], self.heads, 3 * width), 3, -1)
         side = 2 * self.radius + 1
-        bias = self.param("position", nn.initializers.zeros, (self.heads, side, side))
+        shape = (self.heads, side, side)
+        bias = self.param("position", nn.initializers.zeros, shape, jnp.float32)
         mixed = local_attention(q, k, v, bias).reshape(*tokens.shape[:-1], self.channels)
         return nn.softplus(_threshold_head(self.features, nn.Dense)(mixed))
 
@@ -157,7 +158,7 @@ class ScalarThreshold(nn.Module):
     @nn.compact
     def __call__(self, f: jax.Array, d: jax.Array) -> jax.Array:
         """Same shapes as `AttentionThreshold`; the answer is constant."""
-        raw = self.param("theta", nn.initializers.constant(-4.0), ())
+        raw = self.param("theta", nn.initializers.constant(-4.0), (), jnp.float32)
         return jnp.broadcast_to(nn.softplus(raw), f.shape)
 
 
@@ -267,8 +268,8 @@ class DSCSNet:
         """
         cfg = self.config
         self._check(operator)
-        x = jnp.zeros((1, *operator.map_shape))
-        y = jnp.zeros((1, *operator.frame_shape))
+        x = jnp.zeros((1, *operator.map_shape), jnp.float32)
+        y = jnp.zeros((1, *operator.frame_shape), jnp.float32)
         copies = 1 if cfg.tied else cfg.iterations
         keys = jax.random.split(key, copies)
         noise = y if cfg.normalise == "frame" else None
@@ -279,7 +280,7 @@ class DSCSNet:
         scalars = {n: jnp.full((copies,), _inverse_softplus(_START[n])) for n in names}
         iterations = {"block": blocks, "scalars": scalars}
         if cfg.history:
-            iterations["history"] = jnp.zeros((copies, cfg.iterations))
+            iterations["history"] = jnp.zeros((copies, cfg.iterations), jnp.float32)
         return {"start": {"rho": _inverse_softplus(_START["rho"])}, "iterations": iterations}
 
     def apply(
@@ -319,14 +320,15 @@ class DSCSNet:
             raise ValueError(f"frames must have shape (B, N, M), got {y.shape}")
         admm.check_frame_shape(y, operator)
         scale = self.scale(y, noise) if scale is None else scale
+        # Mixed types would promote the iterate between two iterations, which a scan refuses.
+        dtype = admm.precision(y, operator)
+        params, y, noise, scale = admm.cast((params, y, noise, scale), dtype)
         level = self._noise_level(y, noise, scale)
         scale = scale[:, None, None]
         scaled = y / scale
         start = admm.zero_start(scaled, operator, nn.softplus(params["start"]["rho"]))
         if cfg.history:
-            start = start._replace(
-                history=jnp.zeros((cfg.iterations, *start.x.shape), scaled.dtype)
-            )
+            start = start._replace(history=jnp.zeros((cfg.iterations, *start.x.shape), dtype))
         last, seen = admm.unfold(
             lambda iterate, p: self._iteration(iterate, p, scaled, level, operator, trace),
             start,
@@ -351,7 +353,7 @@ class DSCSNet:
           (B,) counts, positive.
         """
         if self.config.normalise == "fixed":
-            return jnp.full(len(y), self.config.intensity_scale, jnp.result_type(y, float))
+            return jnp.full(y.shape[:1], self.config.intensity_scale, jnp.result_type(y, float))
         peak = jnp.maximum(y.max((-2, -1)), 0 if noise is None else 3 * noise)
         return jnp.where(peak > 0, peak, 1)
 
@@ -449,7 +451,7 @@ def _threshold_head(features: int, layer: Any) -> Any:
 
 
 def _inverse_softplus(value: float) -> jax.Array:
-    return jnp.log(jnp.expm1(jnp.asarray(value)))
+    return jnp.log(jnp.expm1(jnp.float32(value)))
 
 
 def _fold_features(f: jax.Array, division: int) -> jax.Array:

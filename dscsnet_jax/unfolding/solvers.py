@@ -43,7 +43,7 @@ class LassoSolution(NamedTuple):
       relative_gap: (...,) the gap as a share of the objective.
       primal: (...,) residual of the last iteration, counts: `||x - z||` for ADMM,
         `||x - v||` for ISTA and FISTA, whose step goes from `v` to `x`. It is 0 at the
-        optimum, and NaN where no iteration was taken.
+        optimum, and inf where no iteration was taken.
       dual: (...,) likewise: `rho ||z - z_previous||` for ADMM, `L ||x - v||` for the
         others, where `P` has a subgradient at `x` that is not longer.
       converged: (...,) bool: the relative gap is within the tolerance.
@@ -139,7 +139,7 @@ def solve_lasso(
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(_METHODS)}")
     admm.check_frame_shape(y, operator)
     batch = y.shape[:-2]
-    dtype = jnp.result_type(y, operator.response_row)  # frames may be whole counts
+    dtype = admm.precision(y, operator)
     y, lam = y.astype(dtype), jnp.asarray(lam, dtype)
     if lam.shape not in ((), batch):
         raise ValueError(f"lam must be a scalar or of shape {batch}, got {lam.shape}")
@@ -362,8 +362,8 @@ def _begin_admm(problem: _Problem, x: jax.Array, cold: bool) -> _Alternation:
 
 
 def _unknown(problem: _Problem) -> jax.Array:
-    """Residual (...,) before the first iteration."""
-    return jnp.full(problem.y.shape[:-2], jnp.nan, problem.y.dtype)
+    """Residual (...,) before the first iteration; NaN would stop `jax_debug_nans`."""
+    return jnp.full(problem.y.shape[:-2], jnp.inf, problem.y.dtype)
 
 
 def _alternate(

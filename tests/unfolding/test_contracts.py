@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.export
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
@@ -307,6 +308,29 @@ def test_memory_grows_with_the_area_of_the_frame(name: str) -> None:
     assert largest(66) <= 9 * largest(22)
     # A dense operator alone would hold 9 x 64^4 entries.
     assert largest(64) < 64**4
+
+
+# --- one program for any number of frames ------------------------------------------------------
+
+
+@every_network
+def test_exports_with_a_symbolic_batch_size(name: str) -> None:
+    operator, noise = operator_of(name), np.linspace(0.5, 2, 5, dtype=np.float32)
+    y = np.concatenate([frames(), frames()[:2] / 2])
+
+    def maps(params: Any, y: jax.Array, noise: jax.Array) -> jax.Array:
+        return NETWORKS[name].apply(params, y, operator, noise=noise, unroll=1).x
+
+    (batch,) = jax.export.symbolic_shape("b")
+    any_y, any_noise = (
+        jax.ShapeDtypeStruct((batch, *a.shape[1:]), jnp.float32) for a in (y, noise)
+    )
+    exported = jax.export.export(jax.jit(maps))(parameters(name), any_y, any_noise)
+    direct = np.asarray(quick_jit(maps)(parameters(name), y, noise))
+    for size in (1, 5):
+        found = quick_jit(exported.call)(parameters(name), y[:size], noise[:size])
+        atol = 1e-5 * np.abs(direct).max()
+        np.testing.assert_allclose(found, direct[:size], rtol=0, atol=atol)
 
 
 # --- determinism ---------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class ConvBaseline(Baseline):
         """Draw parameters; those of the iterations are stacked along a leading K axis."""
         self._check(operator)
         params = {"iterations": jax.vmap(self._draw)(jax.random.split(key, self._copies))}
-        return params | self._start_matrix(operator)
+        return admm.cast(params | self._start_matrix(operator), jnp.float32)
 
     @classmethod
     def from_torch(

@@ -74,12 +74,13 @@ def draw_kernels(key: jax.Array, sizes: Mapping[str, tuple[int, int]]) -> dict[s
 def draw(
     distribution: Callable[..., jax.Array], key: jax.Array, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, jax.Array]:
-    """Arrays by name of `distribution(key, shape)`, all drawn at once.
+    """Float32 arrays by name of `distribution(key, shape, dtype)`, all drawn at once.
 
-    One generator for all of them compiles in a fraction of the time of one for each.
+    In another type the same key would draw other numbers. One generator for all of them
+    compiles in a fraction of the time of one for each.
     """
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()]).tolist()
-    parts = jnp.split(distribution(key, (ends[-1],)), ends[:-1])
+    parts = jnp.split(distribution(key, (ends[-1],), jnp.float32), ends[:-1])
     return {n: a.reshape(shape) for (n, shape), a in zip(shapes.items(), parts, strict=True)}
 
 

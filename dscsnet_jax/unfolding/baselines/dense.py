@@ -75,7 +75,7 @@ class DenseBaseline(Baseline):
           ValueError: if division or size of the operator are not the network's.
         """
         self._check(operator)
-        first = self._first(operator)
+        first = admm.cast(self._first(operator), jnp.float32)
         copies = self.config.iterations
         return {"iterations": {name: jnp.stack([a] * copies) for name, a in first.items()}}
 
@@ -133,12 +133,12 @@ def as_vectors(a: jax.Array) -> jax.Array:
       >>> as_vectors(jnp.array([[[1, 2], [3, 4]]])).tolist()
       [[1, 2, 3, 4]]
     """
-    return a.reshape(len(a), -1)
+    return a.reshape(a.shape[0], -1)
 
 
 def as_maps(x: jax.Array, operator: SensingOperator) -> jax.Array:
     """(B, c^2 N M) -> (B, cN, cM), the inverse of `as_vectors` on maps."""
-    return x.reshape(len(x), *operator.map_shape)
+    return x.reshape(x.shape[0], *operator.map_shape)
 
 
 def residual(x: jax.Array, y: jax.Array, operator: SensingOperator) -> jax.Array:
@@ -175,4 +175,5 @@ def scaled_adjoint(operator: SensingOperator) -> jax.Array:
 def remainder(operator: SensingOperator) -> jax.Array:
     """`I - Phi^T Phi / L` (c^2 N M, c^2 N M): what a step of length 1/L leaves of the map."""
     phi = phi_matrix(operator)
-    return jnp.eye(phi.shape[1]) - _highest("ij,ik->jk", phi, phi) / operator.norm() ** 2
+    unit = jnp.eye(phi.shape[1], dtype=phi.dtype)
+    return unit - _highest("ij,ik->jk", phi, phi) / operator.norm() ** 2

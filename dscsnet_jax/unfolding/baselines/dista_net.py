@@ -145,7 +145,7 @@ def block(
 
 def dynamic_kernels(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """`w(x)`: one 3 x 3 kernel for each map, (B, cN, cM) -> (B, 3, 3)."""
-    hidden = _dense(x.reshape(len(x), -1), p["hidden"])
+    hidden = _dense(x.reshape(x.shape[0], -1), p["hidden"])
     return _dense(hidden, p["kernel"]).reshape(-1, 3, 3)
 
 
@@ -157,7 +157,7 @@ def filtered(r: jax.Array, kernels: jax.Array) -> jax.Array:
       >>> filtered(jnp.ones((2, 3, 3)), kernels)[:, 1].tolist()
       [[6.0, 9.0, 6.0], [0.0, 2.0, 2.0]]
     """
-    weights = kernels.reshape(len(r), -1, 1, 1)
+    weights = kernels.reshape(r.shape[0], -1, 1, 1)
     views = neighbours(r[..., None], (3, 3))
     terms = (weights[:, n] * view[..., 0] for n, view in enumerate(views))
     return sum(terms, start=jnp.zeros_like(r))

@@ -137,7 +137,7 @@ class FistaNet(ConvBaseline):
 
     def init(self, key: jax.Array, operator: SensingOperator) -> dict[str, Any]:
         """Draw parameters: one block, on a leading axis of length 1, and the schedule."""
-        numbers = {name: jnp.asarray(value) for name, (_, value) in _SCHEDULE.items()}
+        numbers = {name: jnp.float32(value) for name, (_, value) in _SCHEDULE.items()}
         return super().init(key, operator) | {"schedule": numbers}
 
     @property

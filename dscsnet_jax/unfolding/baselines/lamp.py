@@ -51,7 +51,7 @@ def lamp_block(
       ([[1.0, 3.0]], [[2.0]])
     """
     # The number of non-zeros has no derivative wherever it has one: none is followed.
-    onsager = (x != 0).sum(-1, keepdims=True) / v.shape[-1]
+    onsager = (x != 0).sum(-1, keepdims=True, dtype=v.dtype) / v.shape[-1]
     v = residual + onsager * v
     theta = jnp.maximum(p["lam"], 0)[None] * _root_mean_square(v)
     return admm.soft_threshold(x + dense.matvec(p["B"], v), theta), v

@@ -29,7 +29,7 @@ class Baseline:
 
     def scale(self, y: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Counts (B,) that the network sees as 1: the same for all frames."""
-        return jnp.full(len(y), self.config.intensity_scale, jnp.result_type(y, float))
+        return jnp.full(y.shape[:1], self.config.intensity_scale, jnp.result_type(y, float))
 
     def apply(
         self,
@@ -54,7 +54,10 @@ class Baseline:
         if y.ndim != 3:
             raise ValueError(f"frames must have shape (B, N, M), got {y.shape}")
         admm.check_frame_shape(y, operator)
-        scale = (self.scale(y) if scale is None else scale)[:, None, None]
+        scale = self.scale(y) if scale is None else scale
+        # Mixed types would promote the map between two iterations, which a scan refuses.
+        params, y, scale = admm.cast((params, y, scale), admm.precision(y, operator))
+        scale = scale[:, None, None]
         unroll = admm.default_unroll() if unroll is None else unroll
         x, seen = self._unmix(params, y / scale, operator, unroll=unroll, remat=remat, trace=trace)
         if trace:

@@ -69,7 +69,7 @@ def selective_threshold(v: jax.Array, theta: jax.Array, percent: ArrayLike) -> j
       [[4.0, -2.0, 1.0, 0.0, 0.0]]
     """
     size = jnp.abs(jax.lax.stop_gradient(v))  # a selection has no slope
-    least = jnp.quantile(size, 1 - jnp.asarray(percent) / 100, axis=-1, keepdims=True)
+    least = jnp.quantile(size, 1 - jnp.asarray(percent, v.dtype) / 100, axis=-1, keepdims=True)
     return jnp.where((size > theta) & (size > least), v, admm.soft_threshold(v, theta))
 
 

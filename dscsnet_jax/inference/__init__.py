@@ -1,0 +1,1 @@
+"""Inference: one model of a scene, and all that asks it: pure functions, no host call."""

@@ -1,0 +1,104 @@
+"""Evidence: how probable a number of targets is, whatever their places and intensities.
+
+Laplace's approximation around a fit: with `d` parameters and their information `F`,
+
+    log Z = log likelihood + log prior + d/2 log(2 pi) - 1/2 log det F
+
+The prior is that of unordered targets, so it holds the `log n!` ways to number them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.fit import Fit, present_of, scaled
+from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, lanes_last, scene_model
+from dscsnet_jax.physics.optics import psf_sigma
+from dscsnet_jax.physics.targets import Targets
+
+_QUARTIC = 1.35 / 2 * (3 / (16 * np.pi)) ** 0.5
+
+
+@lanes_last
+def log_evidence(best: Fit, observation: Observation, known: Known) -> jax.Array:
+    """Laplace evidence of fits, in full: of one window, counts and models compare.
+
+    Without a prior of the intensities, any up to the window's flux is as likely; without
+    a cluster size, any place of the window. It is differentiable by every number of
+    observation, PSF, gain and prior, through the fit's own derivative too.
+
+    Args:
+      best: fits of B windows.
+      observation: the windows.
+      known: PSF, gain and scene prior.
+
+    Returns:
+      (B,) natural logarithms, without `-1/2 log(2 pi)` of each pixel; -inf for counts the
+      prior excludes, targets outside the window and negative intensities.
+
+    References:
+      D. J. C. MacKay, Information Theory, Inference, and Learning Algorithms, 2003, ch. 27.
+    """
+    censors = jnp.asarray(observation.saturated).any()
+    return jax.vmap(_log_evidence, (0, 0, 0, None, None))(
+        best.theta, best.targets.mask, observation, known, censors
+    )
+
+
+def _log_evidence(
+    theta: jax.Array, mask: jax.Array, observation: Observation, known: Known, censors: jax.Array
+) -> jax.Array:
+    model = scene_model(observation, mask, known, censors=censors)
+    at = model.quadratic(theta)
+    dimension = 3 * mask.sum() + 1
+    total = -at.cost - _log_determinant(theta, at.information, model) / 2
+    total = total + dimension * (np.log(2 * np.pi) / 2) + model.log_normalisation(theta)
+    return jnp.where(_impossible(model.unpack(theta), observation), -jnp.inf, total)
+
+
+def _impossible(targets: Targets, observation: Observation) -> jax.Array:
+    """A target lies outside, or takes light away."""
+    middle = (np.array(observation.counts.shape) - 1) / 2
+    reach = middle + 0.5 + MARGIN
+    place = targets.position - jnp.asarray(middle, targets.position.dtype)[None]
+    outside = (jnp.abs(place) > jnp.asarray(reach, place.dtype)[None]).any(-1)
+    return (targets.mask & (outside | (targets.intensity < 0))).any()
+
+
+def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel) -> jax.Array:
+    """Log determinant of the information; no direction is wider than the scene.
+
+    Nor wider than the PSF's bend allows: where two targets coincide the window does not
+    change to first order when they part, but `I/2 d^2` of the PSF's second derivative, of
+    norm `sqrt(3/(16 pi)) / s^3`, is a quartic well as wide as the Gaussian of information
+    `1.35 I/2 sqrt(3/(16 pi)) / (s^3 noise)`.
+    """
+    prior, seen = model.known.prior, model.seen
+    size = prior.cluster_size
+    extent = jnp.asarray(max(seen.counts.shape) if size is None else size, theta.dtype)
+    place = 12 / extent**2
+    energy = 12.0 if prior.intensity is None else 0.0  # `v` has a prior of its own
+    sigma = psf_sigma(model.known.sigma)
+    width = jnp.sqrt(sigma[0] * sigma[1])
+    targets = model.unpack(theta)
+    intensity = jnp.maximum(targets.intensity, 0)
+    noise = jnp.sqrt(model.variance(intensity[:, None, None])[0].min((-2, -1)))
+    bend = _QUARTIC * intensity / (width**3 * noise) * _blended(targets, width)
+    columns = [place + bend, place + bend, jnp.full_like(bend, energy)]
+    least = jnp.append(jnp.stack(columns, -1).reshape(-1), jnp.zeros((), theta.dtype))
+    unit, scale = scaled(information + jnp.diag(least), present_of(model.mask))
+    _, log_determinant = spd.inverse(unit)
+    return log_determinant - 2 * jnp.log(jnp.where(scale > 0, scale, 1)).sum()
+
+
+def _blended(targets: Targets, width: jax.Array) -> jax.Array:
+    """(K,) 1 where a target coincides with another, 0 where it stands alone."""
+    apart = targets.position[:, None] - targets.position[None]
+    other = targets.mask[:, None] & targets.mask[None] & ~np.eye(len(targets.mask), dtype=bool)
+    near = jnp.exp(-2 * (apart**2).sum(-1) / width**2)
+    return jnp.where(other, near, 0).max(-1, initial=0)

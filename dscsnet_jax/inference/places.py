@@ -1,0 +1,85 @@
+"""Places: the density of a cluster's places when its targets are placed one after the other.
+
+A simulator that draws each target uniformly in what the ones before leave free makes
+places of density
+
+    p(x_1 .. x_n) = mean over orders of  prod_i 1 / a(x_1 .. x_{i-1}),
+
+`a` the area of the square that is at least the separation away from all before. The areas
+are sums over a lattice whose points are covered smoothly, so that they can be differentiated;
+their error is about 1 % (measured in the tests by the density's integral).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LATTICE = 12
+_MOST_ORDERED = 6  # targets up to which all orders are summed
+
+
+def log_sequential(row: jax.Array, col: jax.Array, mask: jax.Array, reach: jax.Array) -> jax.Array:
+    """Log density of places in the unit square, against the uniform one.
+
+    For more than six slots the mean is over the cyclic orders only.
+
+    Args:
+      row: (K, ...) places, in sides of the square.
+      col: the same across.
+      mask: (K, ...) targets present.
+      reach: least distance, in sides of the square.
+
+    Returns:
+      (...,) natural logarithms; 0 for fewer than two targets.
+
+    Example:
+      >>> x = jnp.array([0.5, 0.1])
+      >>> round(float(log_sequential(x, x, jnp.ones(2, bool), jnp.array(0.3))), 1)
+      0.2
+    """
+    free = 1 - _covered(row, col, mask, reach)
+    slots = mask.shape[0]
+    if slots > _MOST_ORDERED:
+        orders = (np.roll(np.arange(slots), -shift) for shift in range(slots))
+        return jnp.log(sum(_in_order(free[o], mask[o]) for o in orders) / slots)
+    # Sum over orders by subsets: of all that end with target i.
+    area: dict[int, jax.Array] = {0: jnp.ones_like(free[0])}
+    mean: dict[int, jax.Array] = {0: jnp.ones(free.shape[3:], free.dtype)}
+    factor: dict[int, jax.Array] = {0: jnp.ones(free.shape[3:], free.dtype)}
+    for subset in range(1, 1 << slots):
+        members = [i for i in range(slots) if subset >> i & 1]
+        ending = [
+            mean[subset ^ 1 << i] * jnp.where(mask[i], factor[subset ^ 1 << i], 1) for i in members
+        ]
+        mean[subset] = sum(ending[1:], ending[0]) / len(members)
+        last = members[-1]
+        area[subset] = area[subset ^ 1 << last] * free[last]
+        factor[subset] = 1 / _share(area[subset])
+    return jnp.log(mean[(1 << slots) - 1])
+
+
+def _in_order(free: jax.Array, mask: jax.Array) -> jax.Array:
+    """Product of one over the free areas, targets in the order given."""
+    left, density = jnp.ones_like(free[0]), jnp.ones(free.shape[3:], free.dtype)
+    for slot in range(free.shape[0]):
+        density = density * jnp.where(mask[slot], 1 / _share(left), 1)
+        left = left * free[slot]
+    return density
+
+
+def _share(free: jax.Array) -> jax.Array:
+    """Share (...,) of the lattice that is free, at least half a point."""
+    return jnp.maximum(free.mean((0, 1)), 0.5 / _LATTICE**2)
+
+
+def _covered(row: jax.Array, col: jax.Array, mask: jax.Array, reach: jax.Array) -> jax.Array:
+    """(K, G, G, ...) share of each lattice point that a target covers."""
+    lattice = (np.arange(_LATTICE) + 0.5) / _LATTICE
+    across = jnp.asarray(lattice, row.dtype).reshape(1, -1, *(1,) * (row.ndim - 1))
+    distance2 = ((row[:, None] - across) ** 2)[:, :, None] + ((col[:, None] - across) ** 2)[:, None]
+    distance = jnp.sqrt(jnp.maximum(distance2, 1e-12))
+    covered = jnp.clip((reach - distance) * _LATTICE + 0.5, 0, 1)
+    # A separation of zero covers nothing.
+    return jnp.where(mask[:, None, None] & (reach > 0), covered, 0)

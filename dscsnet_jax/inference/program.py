@@ -1,0 +1,371 @@
+"""Program: the whole answer for a batch of windows of one shape, as one pure function.
+
+    fit -> counts that compete by evidence -> posterior -> answer
+
+Most windows are done after a few iterations. Those that need more are gathered into pieces of
+fixed size, round by round, so that few slow ones do not cost all others their time; what
+is gathered never changes what is computed for a window.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dscsnet_jax.inference.changes import NEAR_CHANGES, NUM_CHANGES, changes, closest_pair
+from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.fit import NUM_ITERATIONS, Fit, fit
+from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.sampler import Posterior, sample
+from dscsnet_jax.physics.optics import psf_sigma
+from dscsnet_jax.physics.targets import Targets
+
+MAX_ROUNDS = 6
+_PIECE = 32  # windows that are gathered
+_UNEXPLAINED = 3.0  # standard deviations of chi square
+_DOUBTFUL_SNR = 6.0
+_DOUBTFUL_LATENT = 2.0  # standard deviations expected of fits
+_LEAST_SPREAD = 0.01  # of the prior's variance
+_CLOSE = 1.3  # PSF sigmas
+_NEAR, _DOUBTED = 1, 2  # degrees of doubt
+
+
+class Counted(NamedTuple):
+    """Fits of B windows with their counts selected.
+
+    Attributes:
+      fit: of the best count.
+      log_evidence: (B, K+1) of each count that was tried; -inf of the others.
+    """
+
+    fit: Fit
+    log_evidence: jax.Array
+
+
+class Answer(NamedTuple):
+    """What `estimate` tells of B windows.
+
+    Attributes:
+      fit: of the best count.
+      log_evidence: (B, K+1) of each count that was tried; -inf of the others.
+      posterior: means, errors and intervals at the best count.
+    """
+
+    fit: Fit
+    log_evidence: jax.Array
+    posterior: Posterior
+
+
+def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array) -> Answer:
+    """Fit, count and average the targets of windows.
+
+    Pure: it runs under `jit`, `vmap`, and over a mesh by `jax.sharding` or `shard_map`. A
+    window's answer does not depend on its neighbours in the batch.
+
+    Args:
+      windows: `Observation` of (B, N, M), with what is told or estimated of each.
+      start: `Targets` (B, K, ...); free slots are room for more targets.
+      known: PSF, gain and scene prior.
+      key: PRNG key; each window's stream also depends on its recorded pixels.
+
+    Returns:
+      `Answer`.
+
+    Example:
+      >>> from dscsnet_jax.inference.observation import observe
+      >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.targets import from_lists
+      >>> truth = from_lists([[(3.0, 2.6, 240.0), (3.1, 3.4, 200.0)]])
+      >>> y = render(truth, frame_size=7, sigma=0.5)
+      >>> guess = from_lists([[(3.0, 3.0, 400.0)]], max_targets=3)
+      >>> windows = observe(y, noise=1.0, background=0.0)
+      >>> answer = jax.jit(estimate)(windows, guess, Known(sigma=0.5), jax.random.key(0))
+      >>> answer.posterior.targets.position[0, :2, 1].round(1).tolist()
+      [2.6, 3.4]
+    """
+    counted = count(windows, start, known)
+    posterior = sample(windows, counted.fit.targets, known, key)
+    return Answer(*counted, posterior)
+
+
+def fit_windows(windows: Observation, start: Targets, known: Known) -> Fit:
+    """`fit` with more iterations for the windows that need them.
+
+    Arguments as of `count`, which begins so.
+    """
+    return _search(windows, start, known, only_add=False, phases=2).trial
+
+
+def count(windows: Observation, start: Targets, known: Known, *, only_add: bool = False) -> Counted:
+    """Fit, then remove or add targets where the evidence says so.
+
+    Windows whose fit the noise does not explain, or whose targets are in doubt, are compared
+    with their `changes`: all run a first heat, the best of each window a second, the winner
+    is fitted in full.
+
+    Args:
+      windows: `Observation` of (B, N, M).
+      start: `Targets` (B, K, ...).
+      known: PSF, gain and scene prior.
+      only_add: add one target at a time at the residual's peak as long as the evidence
+        grows, from any start, and try nothing else: what one would write by hand.
+
+    Returns:
+      `Counted`.
+    """
+    state = _search(windows, start, known, only_add=only_add, phases=_DONE)
+    return Counted(state.best, state.table)
+
+
+# Phases of the search; in each some starts are fitted, for so many iterations.
+_FIRST, _SLOW, _HEAT_ONE, _HEAT_TWO, _WINNER, _DONE = range(6)
+_ITERATIONS = (10, NUM_ITERATIONS, 8, 12, NUM_ITERATIONS)
+_HEAT_WINNERS = 3
+
+
+class _Search(NamedTuple):
+    """Where the search for counts stands: one fit program serves all its phases.
+
+    Attributes:
+      phase: what is being fitted.
+      rounds: counts of all windows compared so far.
+      starts: `Targets` (B, changes, K, ...) that compete; fits replace them.
+      reached: (B, changes) their evidence.
+      wanted: (B, changes) bool, still to be fitted in this phase.
+      entered: (B, changes) bool, those of this phase.
+      trial: the last fits (B,).
+      best: fits (B,) of the best counts so far.
+      evidence: (B,) of them.
+      table: (B, K+1) evidence of each count.
+      doubt: (B,) degree of doubt.
+      todo: (B,) bool, windows to be compared in this round.
+    """
+
+    phase: jax.Array
+    rounds: jax.Array
+    starts: Targets
+    reached: jax.Array
+    wanted: jax.Array
+    entered: jax.Array
+    trial: Fit
+    best: Fit
+    evidence: jax.Array
+    table: jax.Array
+    doubt: jax.Array
+    todo: jax.Array
+
+
+def _search(
+    windows: Observation, start: Targets, known: Known, *, only_add: bool, phases: int
+) -> _Search:
+    """Run the phases up to the given one."""
+    start = jax.tree.map(jnp.asarray, start)
+    shapes = jax.eval_shape(lambda: fit(windows, start, known, num_iterations=0))
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    number = 1 if only_add else NUM_CHANGES
+    length, slots = start.mask.shape
+    shape = (length, number)
+    unknown = jnp.full(shape, -jnp.inf, empty.level.dtype)
+    starts = jax.tree.map(lambda a, b: a.astype(b.dtype), start, empty.targets)
+    own = jnp.arange(number)[None] == jnp.zeros((length, 1), jnp.int32)
+    state = _Search(
+        phase=jnp.zeros((), jnp.int32),
+        rounds=jnp.zeros((), jnp.int32),
+        starts=jax.tree.map(lambda a: jnp.repeat(a[:, None], number, 1), starts),
+        reached=unknown,
+        wanted=own,
+        entered=own,
+        trial=empty,
+        best=empty,
+        evidence=unknown[:, 0],
+        table=jnp.full((length, slots + 1), -jnp.inf, unknown.dtype),
+        doubt=jnp.zeros(length, jnp.int32),
+        todo=jnp.ones(length, bool),
+    )
+    iterations = jnp.asarray(_ITERATIONS, jnp.int32)
+    size = min(_PIECE, length)
+
+    def work(state: _Search) -> _Search:
+        """Fit a piece of what is wanted."""
+        flat = partial(jax.tree.map, lambda a: a.reshape(-1, *a.shape[2:]))
+        back = partial(jax.tree.map, lambda a: a.reshape(*shape, *a.shape[1:]))
+        index = jnp.nonzero(state.wanted.reshape(-1), size=size, fill_value=length * number)[0]
+        row = index // number
+        seen, begin = _rows(windows, row), _rows(flat(state.starts), index)
+        new = fit(seen, begin, known, num_iterations=iterations[state.phase])
+        reached = log_evidence(new, seen, known)
+        reached = jnp.where(jnp.isfinite(reached), reached, -jnp.inf)
+        pool = flat((state.starts, state.reached, state.wanted))
+        pool = _with_rows(pool, index, (new.targets, reached, jnp.zeros_like(index, bool)))
+        starts, reached, wanted = back(pool)
+        trial = _with_rows(state.trial, row, new)
+        return state._replace(starts=starts, reached=reached, wanted=wanted, trial=trial)
+
+    steps = [_first, _slow, _heat_one, _heat_two, _winner]
+    advance = [partial(step, windows=windows, known=known, only_add=only_add) for step in steps]
+
+    def turn(state: _Search) -> _Search:
+        state = jax.lax.switch(jnp.minimum(state.phase, len(advance) - 1), advance, state)
+        begins = state.phase == _HEAT_ONE
+        return jax.lax.cond(begins, partial(_compare, windows, known, only_add), _same, state)
+
+    def loop(state: _Search) -> _Search:
+        return jax.lax.cond(state.wanted.any(), work, turn, state)
+
+    return jax.lax.while_loop(lambda state: state.phase < phases, loop, state)
+
+
+def _same(state: _Search) -> _Search:
+    return state
+
+
+def _own(state: _Search, chosen: jax.Array) -> jax.Array:
+    """(B, changes) bool: the first start of the chosen windows."""
+    return (jnp.arange(state.wanted.shape[1]) == 0)[None] & chosen[:, None]
+
+
+def _first(state: _Search, **_: Any) -> _Search:
+    """After the first iterations: those that have not converged go on."""
+    wanted = _own(state, ~state.trial.converged)
+    return state._replace(phase=state.phase + 1, wanted=wanted)
+
+
+def _slow(state: _Search, *, windows: Observation, known: Known, only_add: bool) -> _Search:
+    """All are fitted: which are in doubt?"""
+    best, evidence = state.trial, state.reached[:, 0]
+    doubt = jnp.full_like(state.doubt, _DOUBTED) if only_add else _doubt(best, windows, known)
+    table = _noted(state.table, best.targets.mask[:, None], state.reached[:, :1])
+    return state._replace(
+        phase=state.phase + 1,
+        best=best,
+        evidence=evidence,
+        table=table,
+        doubt=doubt,
+        todo=doubt > 0,
+    )
+
+
+def _compare(windows: Observation, known: Known, only_add: bool, state: _Search) -> _Search:
+    """Begin a round: the changes of all windows in doubt."""
+    starts = changes(state.best, windows, known, only_add=only_add)
+    own = jax.tree.map(lambda a: a[:, None], state.best.targets)
+    other = (starts.mask != own.mask).any(-1) | (starts.position != own.position).any((-2, -1))
+    wanted = other & state.todo[:, None]
+    if not only_add:
+        near = jnp.arange(NUM_CHANGES) >= NUM_CHANGES - NEAR_CHANGES
+        wanted &= (state.doubt[:, None] != _NEAR) | near[None]
+    done = ~state.todo.any() | (state.rounds >= MAX_ROUNDS)
+    return state._replace(
+        phase=jnp.where(done, _DONE, _HEAT_ONE).astype(jnp.int32),
+        rounds=state.rounds + 1,
+        starts=starts,
+        reached=jnp.full_like(state.reached, -jnp.inf),
+        wanted=wanted & ~done,
+        entered=wanted,
+    )
+
+
+def _heat_one(state: _Search, **_: Any) -> _Search:
+    """The best of each window go on."""
+    reached = jnp.where(state.entered, state.reached, -jnp.inf)
+    order = jnp.argsort(jnp.argsort(-reached, axis=1, stable=True), axis=1, stable=True)
+    entered = (order < _HEAT_WINNERS) & jnp.isfinite(reached)
+    table = _noted(state.table, state.starts.mask, reached)
+    return state._replace(phase=state.phase + 1, wanted=entered, entered=entered, table=table)
+
+
+def _heat_two(state: _Search, **_: Any) -> _Search:
+    """The winner of each window is fitted in full if it has a larger evidence."""
+    reached = jnp.where(state.entered, state.reached, -jnp.inf)
+    winner = jnp.argmax(reached, axis=1)
+    rows = jnp.arange(winner.shape[0])
+    wanted = _own(state, reached[rows, winner] > state.evidence)
+    return state._replace(
+        phase=state.phase + 1,
+        starts=jax.tree.map(lambda a: a.at[:, 0].set(a[rows, winner]), state.starts),
+        table=_noted(state.table, state.starts.mask, reached),
+        wanted=wanted,
+        entered=wanted,
+    )
+
+
+def _winner(state: _Search, **_: Any) -> _Search:
+    """What is better replaces the fit; where its count is another, there is a further round."""
+    hopeful = state.entered[:, 0]
+    reached = jnp.where(hopeful, state.reached[:, 0], -jnp.inf)
+    better = hopeful & (reached > state.evidence)
+    changed = state.trial.targets.mask.sum(1) != state.best.targets.mask.sum(1)
+    return state._replace(
+        phase=jnp.full_like(state.phase, _HEAT_ONE),
+        best=_chosen(better, state.trial, state.best),
+        evidence=jnp.where(better, reached, state.evidence),
+        table=_noted(state.table, state.trial.targets.mask[:, None], reached[:, None]),
+        doubt=jnp.where(hopeful, _DOUBTED, state.doubt),
+        todo=better & changed,
+    )
+
+
+def _doubt(best: Fit, windows: Observation, known: Known) -> jax.Array:
+    """(B,) degree of doubt: 0, or targets are near to each other, or more than that.
+
+    More is that the noise does not explain the fit, or a target may be too much or two.
+    """
+    mask, intensity = best.targets.mask, best.targets.intensity
+    freedom = jnp.maximum(best.num_pixels - 3 * mask.sum(-1), 1).astype(intensity.dtype)
+    unexplained = best.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2 * freedom)
+    weak = mask & ~(intensity > _DOUBTFUL_SNR * best.std[..., 2])
+    close = closest_pair(best.targets)[0] < _CLOSE * psf_sigma(known.sigma).mean()
+    doubted = unexplained | weak.any(-1) | ~best.converged
+    if known.prior.intensity is not None:
+        doubted |= _unlikely(best, known)
+    return jnp.where(doubted, _DOUBTED, jnp.where(close, _NEAR, 0)).astype(jnp.int32)
+
+
+def _unlikely(best: Fit, known: Known) -> jax.Array:
+    """(B,) bool: a target, or all together, brighter or fainter than the prior expects.
+
+    The fit draws `v` to 0 the more, the less the window tells: over scenes, fitted ones vary
+    by the variance of the prior, 1, less that of the posterior.
+    """
+    mask = best.targets.mask
+    v = jnp.where(mask, best.theta[:, 2:-1:3], 0)
+    slope = jnp.where(mask, known.prior.intensity.slope(v), 1)  # type: ignore[union-attr]
+    tells = mask & (slope > 0)
+    slope = jnp.where(tells, slope, 1)
+    covariance = best.covariance[:, 2::3, 2::3] / (slope[:, :, None] * slope[:, None, :])
+    both = tells[:, :, None] & tells[:, None, :] & jnp.isfinite(covariance)
+    covariance = jnp.where(both, covariance, 0)
+    number = mask.sum(-1).astype(v.dtype)
+
+    def far(off: jax.Array, prior_variance: Any, variance: jax.Array) -> jax.Array:
+        expected = jnp.maximum(prior_variance - variance, _LEAST_SPREAD * prior_variance)
+        return off**2 > _DOUBTFUL_LATENT**2 * expected
+
+    alone = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    total = far(v.sum(-1), number, covariance.sum((-2, -1)))
+    return (far(v, 1.0, alone) & tells).any(-1) | (total & tells.any(-1))
+
+
+def _rows(tree: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda a: a.at[index].get(mode="clip"), tree)
+
+
+def _with_rows(old: Any, index: jax.Array, new: Any) -> Any:
+    return jax.tree.map(lambda a, b: a.at[index].set(b, mode="drop"), old, new)
+
+
+def _chosen(better: jax.Array, new: Any, old: Any) -> Any:
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(better.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _noted(table: jax.Array, mask: jax.Array, evidence: jax.Array) -> jax.Array:
+    """The table (B, K+1) with the evidence (B, n) of targets (B, n, K)."""
+    rows = jnp.arange(table.shape[0])[:, None]
+    return table.at[rows, mask.sum(-1)].max(evidence)

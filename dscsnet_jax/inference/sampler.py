@@ -1,0 +1,405 @@
+"""Sampler: average over all scenes that explain a window, instead of the best one.
+
+Metropolis chains, several a window, started around the fit and shaped by its covariance,
+whose length is tuned in a burn-in. The maximum is a poor answer where the posterior is broad
+or cut off by the prior; its mean has the least squared error, and its spread is the error.
+
+Windows run along the last axis, the vector lanes of the processor. They share uniform random
+numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
+every round from the key and a hash of its recorded pixels: every stream is a proper
+one, the streams of two windows are independent, and no answer depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.fit import present_of, scaled
+from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.scene_model import HARD, SceneModel, lanes_last, scene_model, sum_of
+from dscsnet_jax.inference.summary import Posterior, is_numbered, numbered, sorted_out, summarise
+from dscsnet_jax.physics.targets import Targets
+
+NUM_CHAINS = 4
+NUM_BURN_IN = 16
+NUM_SAMPLES = 64
+THINNING = 24
+_ACCEPTANCE = 0.25
+_PIECE = 32  # windows that run together
+_TIMES = (1, 4, 16)  # as many steps in each turn of a window whose chains disagree
+# Shares of the moves, in the order of `_propose`.
+_MOVES = (0.5, 0.1, 0.05, 0.15, 0.2)
+_LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
+_WALK = 0
+_RIDGE = 1e-4  # of samples that are all alike
+
+
+@lanes_last
+def sample(
+    windows: Observation,
+    start: Targets,
+    known: Known,
+    key: jax.Array,
+    *,
+    num_chains: int = NUM_CHAINS,
+    num_burn_in: int = NUM_BURN_IN,
+    num_samples: int = NUM_SAMPLES,
+    thinning: int = THINNING,
+    width_slope: bool = False,
+) -> Posterior:
+    """Posterior mean, errors and intervals of the targets of each window.
+
+    The number of targets is that of the start. Limits of the prior hold but for 0.0005
+    pixels. Targets that change places are put back to where they are nearest to, sample
+    by sample. Windows whose chains disagree go on, with more steps a sample.
+
+    Args:
+      windows: `Observation` of (B, N, M).
+      start: `Targets` (B, K, ...), best those of a fit.
+      known: PSF, gain and scene prior.
+      key: PRNG key.
+      num_chains: per window, at least 2.
+      num_burn_in: rounds before, in which the length of the steps is tuned.
+      num_samples: rounds that are kept, one sample each, of every chain.
+      thinning: steps of a round.
+      width_slope: compute `Posterior.width_slope`.
+
+    Returns:
+      A `Posterior`.
+
+    Raises:
+      ValueError: if a number of chains, rounds or steps is too small.
+
+    Example:
+      >>> from dscsnet_jax.inference.observation import observe
+      >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.targets import from_lists
+      >>> truth = from_lists([[(5.0, 5.0, 200.0)]])
+      >>> y = render(truth, frame_size=11, sigma=0.5)
+      >>> seen = observe(y, noise=2.0, background=0.0)
+      >>> answer = jax.jit(sample)(seen, truth, Known(sigma=0.5), jax.random.key(0))
+      >>> answer.targets.position[0, 0].round(1).tolist(), round(float(answer.std[0, 0, 0]), 2)
+      ([5.0, 5.0], 0.02)
+
+    References:
+      G. O. Roberts, A. Gelman, W. R. Gilks, Ann. Appl. Probab. 7 (1997) 110 (scaling);
+      J. S. Liu, Monte Carlo Strategies in Scientific Computing, 2001 (surrogate transitions);
+      R. Cranley, T. N. L. Patterson, SIAM J. Numer. Anal. 13 (1976) 904.
+    """
+    if num_chains < 2 or num_samples < 4 or num_burn_in < 1 or thinning < 1:
+        raise ValueError(
+            "expected at least 2 chains, 4 samples, 1 burn-in round and step, got "
+            f"{num_chains}, {num_samples}, {num_burn_in}, {thinning}"
+        )
+    start = jax.tree.map(jnp.asarray, start)
+    length, size = start.mask.shape[0], min(_PIECE, start.mask.shape[0])
+    keys = jax.vmap(partial(_stream, key))(windows)
+    given = windows, start, keys
+    run = partial(
+        _run,
+        known=known,
+        shared=jax.random.fold_in(key, 1),
+        num_burn_in=num_burn_in,
+        num_samples=num_samples,
+        width_slope=width_slope,
+    )
+    times = jnp.asarray(_TIMES, jnp.int32)
+
+    def piece(loop: _Loop) -> _Loop:
+        """Windows that stand at the same turn go on together."""
+        turn = loop.turn.min()
+        index = jnp.nonzero(loop.turn == turn, size=size, fill_value=length)[0]
+        some = jax.tree.map(lambda a: a.at[index].get(mode="clip"), (given, loop.chains))
+        new = run(*some, thinning=thinning * times[turn], turn=turn)
+        answer, chains = jax.tree.map(
+            lambda a, b: a.at[index].set(b, mode="drop"), (loop.answer, loop.chains), new
+        )
+        after = jnp.where(new[0].converged, len(_TIMES), turn + 1)
+        return _Loop(loop.turn.at[index].set(after, mode="drop"), answer, chains)
+
+    chains = _start(windows, start, known, keys, num_chains)
+    shapes = jax.eval_shape(lambda: run(given, chains, thinning=1, turn=0))[0]
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    loop = _Loop(jnp.zeros(length, jnp.int32), empty, chains)
+    return jax.lax.while_loop(lambda loop: loop.turn.min() < len(_TIMES), piece, loop).answer
+
+
+class _Chains(NamedTuple):
+    """Chains of windows (B, ...): where they are, and how their steps are shaped.
+
+    Attributes:
+      theta: (B, chains, 3K+1) places.
+      fitted: (B, 3K+1) the fit, by which targets are numbered.
+      root: (B, 3K+1, 3K+1) root of the covariance that shapes a step of all parameters.
+      log_length: (B,) of the steps.
+    """
+
+    theta: jax.Array
+    fitted: jax.Array
+    root: jax.Array
+    log_length: jax.Array
+
+
+class _Loop(NamedTuple):
+    """How often the chains of each window (B,) have run, what they tell, where they are."""
+
+    turn: jax.Array
+    answer: Posterior
+    chains: _Chains
+
+
+class _State(NamedTuple):
+    """Places (3K+1, chains, L), log density there, log length of steps (L,)."""
+
+    theta: jax.Array
+    density: jax.Array
+    log_length: jax.Array
+
+
+def _stream(key: jax.Array, window: Observation) -> jax.Array:
+    """The key of one window: folded with a hash of its recorded pixels."""
+    recorded = jnp.where(window.valid, window.counts, 0).astype(jnp.float32).reshape(-1)
+    bits = jax.lax.bitcast_convert_type(recorded, jnp.uint32)
+    odd = jnp.arange(bits.shape[0], dtype=jnp.uint32) * jnp.uint32(2654435762) + jnp.uint32(1)
+    mixed = (bits ^ (bits >> 15)) * odd
+    return jax.random.fold_in(key, (mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32))
+
+
+def _start(
+    windows: Observation, start: Targets, known: Known, keys: jax.Array, num_chains: int
+) -> _Chains:
+    """Chains spread around the start as far as the fit is uncertain."""
+
+    def one(seen: Observation, targets: Targets, key: jax.Array) -> _Chains:
+        model = scene_model(seen, targets.mask, known, softness=HARD, uniform=True)
+        fitted = model.pack(targets)
+        root = _root_of_inverse(_information(fitted, model), present_of(targets.mask))
+        size = fitted.shape[0]
+        spread = jax.random.normal(key, (num_chains, size), fitted.dtype)
+        dimension = 3 * targets.mask.sum() + 1
+        length = 2.38 / jnp.sqrt(dimension.astype(fitted.dtype))
+        off = jnp.einsum("pq,cq->cp", root, spread, precision="highest")
+        return _Chains(fitted + length * off, fitted, root, jnp.log(length))
+
+    return jax.vmap(one)(windows, jax.tree.map(jnp.asarray, start), keys)
+
+
+def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
+    """Information of one window, in which nothing is wider than its prior."""
+    prior, mask = model.known.prior, model.mask
+    size = max(model.seen.counts.shape) if prior.cluster_size is None else prior.cluster_size
+    place = jnp.asarray(12 / size**2, theta.dtype)
+    energy = jnp.full_like(place, 12.0)
+    widest = jnp.append(jnp.tile(jnp.stack([place, place, energy]), mask.shape[0]), 0 * place)
+    return model.quadratic(theta).information + jnp.diag(widest)
+
+
+def _root_of_inverse(matrix: jax.Array, present: jax.Array) -> jax.Array:
+    """Lower triangular root of the inverse; zero for what is not there."""
+    unit, scale = scaled(matrix, present)
+    inverse, _ = spd.inverse(unit)
+    width = jnp.sqrt(jnp.diagonal(inverse))
+    return spd.cholesky(inverse / (width[:, None] * width[None, :])) * (width * scale)[:, None]
+
+
+def _run(
+    given: tuple[Observation, Targets, jax.Array],
+    chains: _Chains,
+    *,
+    known: Known,
+    shared: jax.Array,
+    num_burn_in: int,
+    num_samples: int,
+    thinning: int | jax.Array,
+    width_slope: bool,
+    turn: int | jax.Array,
+) -> tuple[Posterior, _Chains]:
+    """Rounds of steps of all chains, and what the kept samples tell."""
+    windows, start, keys = given
+    lanes = partial(jax.tree.map, lambda a: jnp.moveaxis(a, 0, -1)[..., None, :])
+    mask = lanes(start.mask)
+    model = scene_model(lanes(windows), mask, known, softness=HARD, uniform=True)
+    fitted, root = lanes((chains.fitted, chains.root))
+    theta = jnp.moveaxis(chains.theta, 0, -1).swapaxes(0, 1)  # (3K+1, chains, L)
+    size, num_chains, _ = theta.shape
+    sequential = known.prior.places == "sequential" and known.prior.cluster_size is not None
+
+    def density(theta: jax.Array) -> jax.Array:
+        """Log posterior of targets numbered as they are fitted: the steps' shape is theirs."""
+        total = model.log_likelihood(theta) + model.log_prior(theta)
+        return jnp.where(is_numbered(theta, fitted, mask), total, -jnp.inf)
+
+    def slope(theta: jax.Array) -> jax.Array:
+        """Derivative of the log density (chains, L) by the logarithm of the PSF's width."""
+        if not width_slope:
+            return jnp.zeros(theta.shape[1:], theta.dtype)
+
+        def widened(log_factor: jax.Array) -> jax.Array:
+            sigma = model.known.sigma * jnp.exp(log_factor)
+            known = dataclasses.replace(model.known, sigma=sigma)
+            return dataclasses.replace(model, known=known).log_likelihood(theta)
+
+        zero, one = jnp.zeros((), theta.dtype), jnp.ones((), theta.dtype)
+        return jax.jvp(widened, (zero,), (one,))[1]
+
+    def one_round(state: _State, number: jax.Array) -> tuple[_State, tuple]:
+        """Steps that keep the joint density, then accepted as one for the places' own."""
+        key = jax.random.fold_in(jax.random.fold_in(shared, turn), number)
+        own = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, turn), number))(keys)
+        draw = partial(jax.random.uniform, shape=(size + 5, num_chains), dtype=theta.dtype)
+        shift = jnp.moveaxis(jax.vmap(draw)(own), 0, -1)
+        learning = jnp.where(number < num_burn_in, jax.lax.rsqrt(1 + number.astype(theta.dtype)), 0)
+
+        def step(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+            state, taken = carry
+            step_key = jax.random.fold_in(key, i)
+            kind_key, own_key = jax.random.split(step_key)
+            kind = _kind(jax.random.uniform(kind_key, (), theta.dtype))
+            u = draw(own_key)[..., None] + shift
+            u = u - (u >= 1)
+            proposed = _propose(state, model, fitted, root, kind, u)
+            new = density(proposed)
+            share = jnp.exp(jnp.minimum(new - state.density, 0))
+            accepted = u[-1] < share
+            rate = share.mean(0)
+            tune = jnp.where(kind == _WALK, learning, 0) * (rate - _ACCEPTANCE)
+            moved = _State(
+                jnp.where(accepted, proposed, state.theta),
+                jnp.where(accepted, new, state.density),
+                state.log_length + tune,
+            )
+            return moved, taken + rate
+
+        taken = jnp.zeros_like(state.log_length)
+        new, taken = jax.lax.fori_loop(0, thinning, step, (state, taken))
+        if sequential:
+            gain = model.log_places(new.theta) - model.log_places(state.theta)
+            accepted = shift[-2] < jnp.exp(jnp.minimum(gain, 0))
+            new = _State(
+                jnp.where(accepted, new.theta, state.theta),
+                jnp.where(accepted, new.density, state.density),
+                new.log_length,
+            )
+        return new, (new.theta, taken / thinning, slope(new.theta))
+
+    theta = numbered(theta, fitted, mask)
+    state = _State(theta, density(theta), chains.log_length)
+    rounds = jnp.arange(num_burn_in + num_samples, dtype=jnp.int32)
+    state, kept = jax.lax.scan(one_round, state, rounds)
+    samples, rate, slopes = (a[num_burn_in:] for a in kept)
+    table = jnp.moveaxis(samples[:, :-1], 2, 1)  # (S, chains, 3K, L)
+    table = table.reshape(*table.shape[:2], -1, 3, table.shape[-1])
+    flat = table.reshape(-1, *table.shape[2:])
+    flat = sorted_out(flat, fitted[:-1, 0].reshape(flat.shape[1:]), mask[:, 0])
+    answer = summarise(flat.reshape(table.shape), model, rate.mean(0), slopes.mean((0, 1)))
+    flat = flat.reshape(len(flat), -1, flat.shape[-1])
+    flat = jnp.concatenate([flat, samples[:, -1].reshape(len(flat), 1, -1)], 1)
+    return answer, _adapted(chains, flat, state.log_length, start.mask)
+
+
+def _adapted(
+    chains: _Chains, samples: jax.Array, log_length: jax.Array, mask: jax.Array
+) -> _Chains:
+    """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
+    off = samples - samples.mean(0)
+    covariance = jnp.einsum("spl,sql->lpq", off, off, precision="highest") / len(samples)
+
+    def one(covariance: jax.Array, mask: jax.Array) -> jax.Array:
+        unit, scale = scaled(covariance, present_of(mask))
+        wide = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+        ridge = _RIDGE * jnp.eye(len(unit), dtype=unit.dtype)
+        return spd.cholesky((unit + ridge) / (1 + _RIDGE)) * wide[:, None]
+
+    root = jax.vmap(one)(covariance, mask)
+    last = jnp.moveaxis(samples[-chains.theta.shape[1] :], -1, 0)
+    return chains._replace(theta=last, root=root, log_length=log_length)
+
+
+def _kind(u: jax.Array) -> jax.Array:
+    """Which move; chosen at random, so that any number of moves in turn is reversible."""
+    return (u >= jnp.asarray(np.cumsum(_MOVES)[:-1], u.dtype)).sum(dtype=jnp.int32)
+
+
+def _propose(
+    state: _State,
+    model: SceneModel,
+    fitted: jax.Array,
+    root: jax.Array,
+    kind: jax.Array,
+    u: jax.Array,
+) -> jax.Array:
+    """A symmetric proposal (3K+1, chains, L) of one kind, from uniform numbers.
+
+    All parameters at once; the cluster rotated or reflected about its centre of energy, which
+    makes blends that look alike; the intensities of two targets exchanged; one target over
+    lengths of many scales; two targets with their centre of energy held.
+    """
+    theta, mask = state.theta, model.mask
+    size = theta.shape[0]
+    centred = (u[:size] - 0.5) * 12**0.5
+
+    def walk() -> jax.Array:
+        stride = sum_of(root[:, q] * centred[q][None] for q in range(size))
+        return model.mirrored(theta + jnp.exp(state.log_length) * stride, theta)
+
+    def rotate() -> jax.Array:
+        energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
+        turned = _rotated(theta, energy, mask, 2 * np.pi * u[size + 2], u[size + 1] < 0.5)
+        return numbered(turned, fitted, mask)
+
+    def exchange() -> jax.Array:
+        v = theta[2:-1:3]
+        picked, second = (_one_of(u[size + i], mask) for i in (0, 1))
+        first, other = (jnp.where(p, v, 0).sum(0) for p in (picked, second))
+        swapped = jnp.where(picked, other, jnp.where(second, first, v))
+        return theta.at[2:-1:3].set(swapped)
+
+    def apart(both: bool) -> jax.Array:
+        first, second = (_one_of(u[size + i], mask) for i in (0, 1))
+        energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
+        own, other = ((energy * of).sum(0) for of in (first, second))
+        total = jnp.where(own + other > 0, own + other, 1)
+        share = first.astype(theta.dtype)
+        if both:
+            share = jnp.where(first, other / total, 0) - jnp.where(second, own / total, 0)
+        low, high = _LENGTHS
+        angle, length = 2 * np.pi * u[0], low * (high / low) ** u[size + 2]
+        off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
+        off = (off * length).reshape(-1, *off.shape[2:])
+        return numbered(theta.at[:-1].add(off), fitted, mask)
+
+    moves: list[Callable[[], jax.Array]] = [walk, rotate, exchange, partial(apart, False)]
+    moves.append(partial(apart, True))
+    return jax.lax.switch(kind, moves)
+
+
+def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:
+    """(K, chains, L) bool: one of the targets present, by a uniform number."""
+    index = jnp.floor(u * mask.sum(0))
+    return mask & (jnp.cumsum(mask, axis=0) - 1 == index)
+
+
+def _rotated(
+    theta: jax.Array, energy: jax.Array, mask: jax.Array, angle: jax.Array, mirror: jax.Array
+) -> jax.Array:
+    """The targets rotated, or reflected, about their centre of energy, which stays."""
+    row, col, v = (theta[axis:-1:3] for axis in range(3))
+    total = energy.sum(0)
+    total = jnp.where(total > 0, total, 1)
+    row_off = row - (energy * row).sum(0) / total
+    col_off = col - (energy * col).sum(0) / total
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    sign = jnp.where(mirror, -1, 1)
+    new_row = row - row_off + cosine * row_off - sign * sine * col_off
+    new_col = col - col_off + sine * row_off + sign * cosine * col_off
+    table = jnp.stack([jnp.where(mask, new_row, row), jnp.where(mask, new_col, col), v], 1)
+    return jnp.concatenate([table.reshape(-1, *table.shape[2:]), theta[-1:]])

@@ -1,0 +1,175 @@
+"""Summary: means, errors, intervals and convergence of a posterior's samples."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dscsnet_jax.inference.convergence import convergence, sort_leading
+from dscsnet_jax.inference.scene_model import SceneModel
+from dscsnet_jax.physics.targets import Targets
+
+LEVELS = (0.0228, 0.1587, 0.8413, 0.9772)
+"""Quantiles of `Posterior.interval`: one and two standard deviations of a Gaussian."""
+LARGEST_RHAT = 1.1
+"""R-hat below which chains agree."""
+_LARGEST_SHARE = 1 / 3  # one over the least effective number of samples
+
+
+@flax.struct.dataclass
+class Posterior:
+    """Samples of B windows, summed up.
+
+    Attributes:
+      targets: posterior mean, `Targets` (B, K, ...), in the slots of the start.
+      covariance: (B, 3K, 3K) as `Fit.covariance`, with the error of the mean of so few
+        samples.
+      interval: (B, K, 3, 4) quantiles `LEVELS` of row, col and intensity.
+      effective_sample_size: (B,) of the worst parameter, bulk.
+      rhat: (B,) rank-normalised split R-hat of the worst parameter.
+      acceptance: (B,) share of accepted steps.
+      converged: (B,) bool: R-hat is below 1.1.
+      width_slope: (B,) derivative of the log evidence by the logarithm of the PSF's width,
+        which is the posterior mean of that of the log likelihood (Fisher's identity); 0
+        unless asked for.
+    """
+
+    targets: Targets
+    covariance: jax.Array
+    interval: jax.Array
+    effective_sample_size: jax.Array
+    rhat: jax.Array
+    acceptance: jax.Array
+    converged: jax.Array
+    width_slope: jax.Array
+
+    @property
+    def std(self) -> jax.Array:
+        """(B, K, 3) standard deviations of row, col (pixels) and intensity (counts)."""
+        variance = jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
+        return jnp.sqrt(variance).reshape(*self.targets.mask.shape, 3)
+
+
+def numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Array:
+    """`theta` (3K+1, ...) with its targets exchanged, pair by pair, to be near to the fitted."""
+    table = theta[:-1].reshape(-1, 3, *theta.shape[1:])
+    reference = fitted[:-1].reshape(-1, 3, *fitted.shape[1:])
+    sorted_ = _exchanged(list(table), list(reference), list(mask))
+    return jnp.concatenate([jnp.concatenate(sorted_), theta[-1:]])
+
+
+def is_numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Array:
+    """(...,) bool: no exchange of two targets of `theta` brings them nearer to the fitted."""
+    table = theta[:-1].reshape(-1, 3, *theta.shape[1:])
+    reference = fitted[:-1].reshape(-1, 3, *fitted.shape[1:])
+    fine = jnp.ones(theta.shape[1:], bool)
+    for a, b in _pairs(len(table)):
+        gain = ((table[a] - table[b]) * (reference[b] - reference[a]))[:2].sum(0)
+        fine &= ~((gain > 0) & mask[a] & mask[b])
+    return fine
+
+
+def _pairs(slots: int) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(slots) for b in range(a + 1, slots)]
+
+
+def _exchanged(
+    targets: list[jax.Array], reference: list[jax.Array], mask: list[jax.Array]
+) -> list[jax.Array]:
+    """Targets (3, ...) exchanged as long as that brings pairs nearer to the reference."""
+    pairs = _pairs(len(targets))
+    for a, b in [*pairs, *pairs]:
+        # |a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2, multiplied out
+        gain = ((targets[a] - targets[b]) * (reference[b] - reference[a]))[:2].sum(0)
+        swap = (gain > 0) & mask[a] & mask[b]
+        targets[a], targets[b] = (
+            jnp.where(swap, targets[b], targets[a]),
+            jnp.where(swap, targets[a], targets[b]),
+        )
+    return targets
+
+
+def sorted_out(samples: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
+    """Undo label switching: targets (S, K, 3, L) in the order of a reference (K, 3, L).
+
+    Pairs are exchanged as long as that brings them nearer to their places, first those
+    of the reference, then those of the mean.
+    """
+    pairs = list(zip(*np.triu_indices(samples.shape[1], 1), strict=True))
+
+    def exchange(samples: jax.Array, reference: jax.Array) -> jax.Array:
+        targets = [samples[:, k] for k in range(samples.shape[1])]
+        for a, b in [*pairs, *pairs]:
+            # |a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2, multiplied out
+            gain = ((targets[a] - targets[b]) * (reference[b] - reference[a]))[:, :2].sum(1)
+            swap = ((gain > 0) & mask[a] & mask[b])[:, None]
+            targets[a], targets[b] = (
+                jnp.where(swap, targets[b], targets[a]),
+                jnp.where(swap, targets[a], targets[b]),
+            )
+        return jnp.stack(targets, 1)
+
+    once = exchange(samples, reference)
+    return exchange(once, once.mean(0))
+
+
+def summarise(
+    samples: jax.Array, model: SceneModel, acceptance: jax.Array, width_slope: jax.Array
+) -> Posterior:
+    """Moments, quantiles and convergence of samples.
+
+    Args:
+      samples: (S, chains, K, 3, L) rows, cols and `v` of L windows.
+      model: of the windows, (..., 1, L).
+      acceptance: (L,) share of accepted steps.
+      width_slope: (L,) see `Posterior`.
+
+    Returns:
+      A `Posterior`; windows come first.
+    """
+    mask = model.mask[:, 0].T
+    intensity = model.intensity(jnp.moveaxis(samples[:, :, :, 2], 2, 0))
+    return _summary(samples, jnp.moveaxis(intensity, 0, 2), mask, acceptance, width_slope)
+
+
+def _summary(
+    samples: jax.Array,
+    intensity: jax.Array,
+    mask: jax.Array,
+    acceptance: jax.Array,
+    width_slope: jax.Array,
+) -> Posterior:
+    used = mask.T[:, None]
+    checked = convergence(samples)
+    samples = jnp.concatenate([samples[:, :, :, :2], intensity[:, :, :, None]], 3)
+    samples = samples.reshape(-1, *samples.shape[2:])
+    number, slots = samples.shape[:2]
+    mean = samples.mean(0)
+    off = samples - mean
+    flat = off.reshape(number, 3 * slots, -1)
+    covariance = jnp.einsum("spl,sql->lpq", flat, flat, precision="highest") / number
+    # The mean and the spread of few samples are uncertain themselves.
+    share = jnp.where(used, 1 / jnp.maximum(checked.bulk, 1), 0).sum((0, 1))
+    share = jnp.minimum(share / jnp.maximum(3 * mask.sum(-1), 1), _LARGEST_SHARE)
+    covariance = covariance * ((1 + share) / (1 - share))[:, None, None]
+    ordered = sort_leading(samples)
+    at = np.round(np.array(LEVELS) * (number - 1)).astype(int)
+    interval = jnp.moveaxis(ordered[at], (0, -1), (-1, 0))
+    mean = jnp.moveaxis(mean, -1, 0)
+    present, both = mask[..., None], jnp.repeat(mask, 3, -1)
+    rhat = jnp.where(used, checked.rhat, 1).max((0, 1), initial=1)
+    effective = jnp.where(used, checked.bulk, number).min((0, 1), initial=number)
+    return Posterior(
+        targets=Targets(
+            jnp.where(present, mean[..., :2], 0), jnp.where(mask, mean[..., 2], 0), mask
+        ),
+        covariance=jnp.where(both[:, :, None] & both[:, None, :], covariance, 0),
+        interval=jnp.where(present[..., None], interval, 0),
+        effective_sample_size=effective,
+        rhat=rhat,
+        acceptance=acceptance,
+        converged=rhat < LARGEST_RHAT,
+        width_slope=width_slope,
+    )

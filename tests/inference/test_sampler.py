@@ -1,0 +1,152 @@
+"""Chains against true posteriors, and each window's own stream."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.observation import Observation, observe
+from dscsnet_jax.inference.prior import Known, scene_prior
+from dscsnet_jax.inference.sampler import sample
+from dscsnet_jax.inference.summary import Posterior, is_numbered, numbered
+from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.targets import Targets, from_lists
+
+SIDE = 7
+
+
+def single(targets: Targets) -> Targets:
+    return Targets(
+        *(
+            jnp.asarray(a)
+            for a in (targets.position.astype("f"), targets.intensity.astype("f"), targets.mask)
+        )
+    )
+
+
+@jax.jit
+def posterior(seen: Observation, start: Targets, known: Known, seed: int) -> Posterior:
+    return sample(seen, fit(seen, start, known).targets, known, jax.random.key(seed))
+
+
+def fixture(data_dir, name: str, most: int):
+    """Windows, true targets, what is known, and the mean and std of tempered chains."""
+    data = np.load(data_dir / "posterior" / f"{name}.npz")
+    chosen = np.flatnonzero(data["count"] <= most)
+    tables, frames, means, stds = [], [], [], []
+    for i in chosen:
+        n = int(data["count"][i])
+        corner = np.clip(np.round(data["true_position"][i, :n].mean(0)) - SIDE // 2, 0, 4)
+        row, col = corner.astype(int)
+        frames.append(data["frames"][i, row : row + SIDE, col : col + SIDE])
+        place = data["true_position"][i, :n] - corner
+        tables.append(np.column_stack([place, data["true_intensity"][i, :n]]))
+        means.append(data["mean"][i, :n] - [row, col, 0])
+        stds.append(data["std"][i, :n])
+    prior = scene_prior(
+        intensity=tuple(data["intensity"]), separation=0.5, cluster_size=1.0, cluster_offset=-0.4
+    )
+    seen = observe(np.array(frames, "f"), noise=float(data["noise"]), background=0.0)
+    known = Known(sigma=np.float32(0.5), prior=prior)
+    return seen, single(from_lists(tables, most)), known, means, stds
+
+
+def pulls(answer: Posterior, means, stds) -> tuple[np.ndarray, np.ndarray]:
+    """(mean - true mean) / std of every position, and log ratios of the std, best paired."""
+    off, ratio = [], []
+    for i, (mean, std) in enumerate(zip(means, stds, strict=True)):
+        place = np.asarray(answer.targets.position[i])[: len(mean)]
+        apart = ((mean[:, None, :2] - place[None]) ** 2).sum(-1)
+        pairs = apart.argmin(1)
+        off.append((place[pairs] - mean[:, :2]) / std[:, :2])
+        ratio.append(np.log(np.asarray(answer.std[i])[pairs, :2] / std[:, :2]))
+    return np.concatenate(off), np.concatenate(ratio)
+
+
+def test_means_and_spreads_are_those_of_the_true_posterior(data_dir):
+    seen, start, known, means, stds = fixture(data_dir, "std1", 3)
+    answer = posterior(seen, start, known, 0)
+    off, ratio = pulls(answer, means, stds)
+    effective = np.asarray(answer.effective_sample_size).min()
+    assert (np.abs(off) < 0.15 + 2 / np.sqrt(effective)).mean() >= 0.95
+    assert (np.abs(ratio) < np.log(1.25)).mean() >= 0.9
+    assert np.asarray(answer.converged).mean() >= 0.95
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """256 windows of two targets each, noise 1."""
+    rng = np.random.default_rng(3)
+    place = 3 + rng.uniform(-0.4, 0.6, (256, 1, 2)) + np.array([[[-0.4, 0.0], [0.4, 0.0]]])
+    energy = rng.uniform(220, 250, (256, 2, 1))
+    truth = single(from_lists(list(np.concatenate([place, energy], -1))))
+    y = render(truth, frame_size=SIDE, sigma=0.5)
+    y = y + jax.random.normal(jax.random.key(1), y.shape)
+    prior = scene_prior(intensity=(220, 250))
+    return observe(y, noise=1.0, background=0.0), truth, Known(sigma=np.float32(0.5), prior=prior)
+
+
+def test_errors_of_the_means_average_out(pairs):
+    # One stream for all windows gave 0.06 here.
+    seen, truth, known = pairs
+    answer = posterior(seen, truth, known, 0)
+    again = posterior(seen, truth, known, 7)
+    pull = (answer.targets.position - again.targets.position) / answer.std[..., :2]
+    pull = np.asarray(pull).reshape(256, -1).mean(1) / 2**0.5
+    assert abs(pull.mean()) < 3 * pull.std(ddof=1) / 16
+    assert pull.std() > 0.01
+
+
+def test_coverage(pairs):
+    seen, truth, known = pairs
+    answer = posterior(seen, truth, known, 0)
+    error = np.abs(answer.targets.position - truth.position) / answer.std[..., :2]
+    inside = np.asarray(error < 1).mean((1, 2))
+    assert abs(inside.mean() - 0.6827) < 3 * inside.std(ddof=1) / 16
+
+
+def test_a_window_has_its_answer_wherever_it_stands(pairs):
+    seen, truth, known = pairs
+    some = jax.tree.map(lambda a: a[:64], (seen, truth))
+    answer = posterior(*some, known, 0)
+    turned = posterior(*jax.tree.map(lambda a: a[::-1], some), known, 0)
+    for one, other in zip(jax.tree.leaves(answer), jax.tree.leaves(turned), strict=True):
+        np.testing.assert_array_equal(one, other[::-1])
+
+
+def test_streams_differ(pairs):
+    seen, truth, known = pairs
+    one = jax.tree.map(lambda a: jnp.repeat(a[:1], 64, 0), (seen, truth))
+    same = posterior(*one, known, 0).targets.position
+    np.testing.assert_array_equal(same, jnp.broadcast_to(same[:1], same.shape))
+    # A change of one count in a corner, far from the targets, changes the numbers drawn.
+    moved = one[0].replace(counts=one[0].counts.at[1:, 0, 0].add(1e-3 * jnp.arange(1.0, 64)))
+    other = np.asarray(posterior(moved, one[1], known, 0).targets.position[:, 0, 0])
+    assert len(np.unique(other)) == 64
+
+
+def test_known_exactly(pairs):
+    seen, truth, _ = pairs
+    some = jax.tree.map(lambda a: a[:64], (seen, truth))
+    known = Known(sigma=np.float32(0.5), prior=scene_prior(intensity=(230, 230)))
+    answer = posterior(*some, known, 0)
+    np.testing.assert_allclose(answer.targets.intensity, 230, rtol=1e-6)
+    np.testing.assert_allclose(answer.std[..., 2], 0, atol=1e-3)
+    assert np.isfinite(answer.std).all()
+
+
+def test_numbering_is_that_of_the_fit():
+    fitted = jnp.array([0.0, 0, 1, 2, 0, 1, 0, 2, 1, 0])
+    mask = jnp.ones(3, bool)
+    mixed = jnp.array([0.1, 2, 5, 0, 0.1, 6, 2.1, 0, 7, 0.5])
+    assert not is_numbered(mixed, fitted, mask)
+    found = numbered(mixed, fitted, mask)
+    np.testing.assert_allclose(found, [0, 0.1, 6, 2.1, 0, 7, 0.1, 2, 5, 0.5], rtol=1e-6)
+    assert is_numbered(found, fitted, mask)
+
+
+def test_too_few_chains_are_refused(pairs):
+    seen, truth, known = pairs
+    with pytest.raises(ValueError, match="at least 2 chains"):
+        sample(seen, truth, known, jax.random.key(0), num_chains=1)
