@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln
 
-from dscsnet_jax.estimation import spd
 from dscsnet_jax.estimation.blocks import in_blocks, take_rows
 from dscsnet_jax.estimation.detect import matched_filter, places
 from dscsnet_jax.estimation.objective import pixel_std
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
 from dscsnet_jax.estimation.refine import Fit, all_counts, refine_frames
+from dscsnet_jax.inference import spd
 from dscsnet_jax.physics import limits, optics
 from dscsnet_jax.physics.targets import Targets
 

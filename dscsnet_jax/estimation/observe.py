@@ -132,7 +132,9 @@ def _clipped(y: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
         below = jnp.floor(at).astype(jnp.int32)
         above = jnp.minimum(below + 1, jnp.maximum(high - 1, 0))
         part = at - below
-        return (1 - part) * ordered[below] + part * ordered[above]
+        # Pixels that are not valid are infinite, and no share of them is wanted.
+        first, second = (jnp.where(jnp.isfinite(v), v, 0) for v in (ordered[below], ordered[above]))
+        return (1 - part) * first + part * second
 
     def measure(low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
         level = between(low, high, 0.5)

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation import spd
 from dscsnet_jax.estimation.blocks import fits_per_block, in_blocks
 from dscsnet_jax.estimation.objective import nearest_square, pack, residuals
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.inference import spd
 from dscsnet_jax.physics.optics import point_response
 from dscsnet_jax.physics.targets import Targets, from_arrays
 

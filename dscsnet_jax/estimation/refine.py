@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation import spd
 from dscsnet_jax.estimation.blocks import fits_per_block, in_blocks, take_rows
 from dscsnet_jax.estimation.objective import Residuals, pack, residuals, unpack
 from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.inference import spd
 from dscsnet_jax.physics.targets import Targets
 
 NUM_ITERATIONS = 25

@@ -24,31 +24,32 @@ def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
         s_j = c_j / sqrt(p),  s_k = (p - 1) / sqrt(p),  A <- A - s s^T,
 
-    and `P` of them turn `A` into `2 I - A^-1`. Nothing is ever added to `A`, so the diagonal
-    of the inverse is 1 at least. Pivots are held above the rounding floor: a singular matrix
+    and `P` of them turn `A` into `2 I - A^-1`. No step adds to the diagonal, so that of
+    the inverse is 1 at least. Pivots are held above the rounding floor: a singular matrix
     gets a large inverse, finite and positive semi-definite.
 
     Args:
       matrix: (..., P, P), symmetric positive semi-definite with unit diagonal.
 
     Returns:
-      (..., P, P), exactly symmetric, and (...,).
+      (..., P, P), exactly symmetric if `matrix` is, and (...,).
 
     Example:
       >>> a = jnp.array([[1.0, 0.5], [0.5, 1.0]])
-      >>> (inverse(a)[0] @ a).round(4).tolist(), round(float(jnp.exp(inverse(a)[1])), 4)
-      ([[1.0, 0.0], [0.0, 1.0]], 0.75)
+      >>> (3 * inverse(a)[0]).round(4).tolist(), round(float(jnp.exp(inverse(a)[1])), 4)
+      ([[4.0, -2.0], [-2.0, 4.0]], 0.75)
     """
     size = matrix.shape[-1]
     floor = rounding_floor(matrix)
-    place = jnp.arange(size)
+    place = jnp.broadcast_to(jnp.arange(size), matrix.shape[:-1])
 
     def column(k: jax.Array | int, a: jax.Array, pivots: jax.Array) -> jax.Array:
         c = jax.lax.dynamic_index_in_dim(a, k, -2, keepdims=False)
         told = jax.lax.dynamic_index_in_dim(pivots, k, -1)
         p = jnp.maximum(told, floor)
         # c_j^2 <= p_k p_j but for rounding, which a pivot near the floor would multiply from
-        # step to step. Rows done already hold -A^-1 c, whose square is below 1 / p if told.
+        # step to step. Rows done already hold -A^-1 c, whose squares are below
+        # 1 / p where the data tell them.
         bound = jnp.sqrt(jax.lax.stop_gradient(jnp.maximum(told, 0) * jnp.maximum(pivots, 0)))
         bound = jnp.where(place > k, bound, 1 / floor)
         return jnp.where(place == k, p - 1, jnp.clip(c, -bound, bound)) * jax.lax.rsqrt(p)
@@ -64,7 +65,7 @@ def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     start = (matrix, pivots, column(0, matrix, pivots))
     a, pivots, _ = jax.lax.fori_loop(0, size, eliminate, start)
     log_determinant = jnp.log(jnp.maximum(pivots, floor)).sum(-1)
-    return 2 * jnp.eye(size, dtype=a.dtype) - a, log_determinant
+    return 2 * jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape) - a, log_determinant
 
 
 def cholesky(matrix: jax.Array) -> jax.Array:

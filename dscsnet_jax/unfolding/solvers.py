@@ -427,7 +427,7 @@ def _solve_on_support(operator: SensingOperator, support: jax.Array, b: jax.Arra
     """`(Phi_S^T Phi_S)^-1 b`, zero off the support.
 
     By conjugate gradients in the space of maps: no matrix is formed, whatever the size of
-    frame and support, and no batched LAPACK is called (see `estimation.spd`). Neighbouring
+    frame and support, and no batched LAPACK is called (see `inference.spd`). Neighbouring
     cells are nearly collinear (condition 1e3 to 1e6 for thirds of a pixel): float64 keeps
     ten digits and more, float32 two or three.
     """

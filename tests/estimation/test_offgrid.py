@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dscsnet_jax.estimation.observe import Observation, observe
 from dscsnet_jax.estimation.offgrid import Solved, fit_width, solve
+from dscsnet_jax.estimation.posterior import sample_posterior
 from dscsnet_jax.estimation.prior import ScenePrior, preset_prior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
@@ -174,7 +175,11 @@ def test_width_of_the_psf_is_recovered(
     wrong = seen.replace(sigma=seen.sigma * 1.1)
     found, targets = fit_width(wrong, noisy[0], PRIOR)
     assert found.sigma.shape == (32, 2)
-    np.testing.assert_allclose(found.sigma, 0.5, rtol=0.02)  # of 32 frames
+    # The scores of the frames by the width, at its estimate, tell its standard error.
+    chains = sample_posterior(found, targets, PRIOR, width_slope=True)
+    error = 1 / np.sqrt((np.asarray(chains.width_slope, float) ** 2).sum())
+    assert error < 0.015
+    assert np.abs(np.log(found.sigma / 0.5)).max() < 3 * error
     assert np.unique(found.sigma).size == 1
     right = np.asarray(targets.count) == np.asarray(noisy[0].count)
     assert right.mean() > 0.6
