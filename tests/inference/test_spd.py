@@ -127,6 +127,17 @@ def test_row13_what_is_no_correlation_but_for_rounding_stays_finite() -> None:
     assert np.isfinite(log_determinant).all()
 
 
+def test_row13_chains_of_overlapping_places_stay_far_from_overflow() -> None:
+    """Smooth kernels: each pivot near the floor multiplies what those before it left."""
+    rng = np.random.default_rng(0)
+    place = np.sort(rng.uniform(0, 1, (200, 73)), 1)
+    width = 10 ** rng.uniform(-2, 1, (200, 1, 1))
+    matrix = np.exp(-(((place[:, :, None] - place[:, None]) / width) ** 2)).astype(np.float32)
+    variance = np.diagonal(jit_inverse(matrix)[0], axis1=1, axis2=2)
+    assert np.all(variance >= 1)
+    assert np.all(variance <= 2 * 73 / rounding_floor(matrix) ** 3)
+
+
 @pytest.mark.parametrize("twin", [(0, 1), (0, 8), (4, 5), (7, 8)])
 def test_row13_twins_take_no_digits_from_the_others(twin: tuple[int, int]) -> None:
     """Two equal parameters are undecided; the variance of the rest is that without one."""
