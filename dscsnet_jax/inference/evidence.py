@@ -73,15 +73,21 @@ def _impossible(targets: Targets, observation: Observation) -> jax.Array:
 def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel) -> jax.Array:
     """Log determinant of the information; no direction is wider than the scene.
 
+    The window is the scene of the targets as a whole, a cluster's square that of each against
+    the others: a square of unknown place tells nothing about the place of one target.
+
     Nor wider than the PSF's bend allows: where two targets coincide the window does not
     change to first order when they part, but `I/2 d^2` of the PSF's second derivative, of
     norm `sqrt(3/(16 pi)) / s^3`, is a quartic well as wide as the Gaussian of information
     `1.35 I/2 sqrt(3/(16 pi)) / (s^3 noise)`.
     """
     prior, seen = model.known.prior, model.seen
+    whole = 12 / max(seen.counts.shape) ** 2  # one over the variance of a uniform density
     size = prior.cluster_size
-    extent = jnp.asarray(max(seen.counts.shape) if size is None else size, theta.dtype)
-    place = 12 / extent**2
+    apart = whole if size is None else 12 / size**2
+    both = model.mask[:, None] & model.mask[None]
+    share = jnp.where(both, 1 / jnp.maximum(model.mask.sum(), 1).astype(theta.dtype), 0)
+    place = apart * jnp.eye(len(share), dtype=theta.dtype) + (whole - apart) * share
     energy = 12.0 if prior.intensity is None else 0.0  # `v` has a prior of its own
     sigma = psf_sigma(model.known.sigma)
     width = jnp.sqrt(sigma[0] * sigma[1])
@@ -89,9 +95,10 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
     intensity = jnp.maximum(targets.intensity, 0)
     noise = jnp.sqrt(model.variance(intensity[:, None, None])[0].min((-2, -1)))
     bend = _QUARTIC * intensity / (width**3 * noise) * _blended(targets, width)
-    columns = [place + bend, place + bend, jnp.full_like(bend, energy)]
-    least = jnp.append(jnp.stack(columns, -1).reshape(-1), jnp.zeros((), theta.dtype))
-    unit, scale = scaled(information + jnp.diag(least), present_of(model.mask))
+    by_place, by_energy = (jnp.asarray(np.diag(d), theta.dtype) for d in ((1, 1, 0), (0, 0, 1)))
+    least = jnp.kron(place + jnp.diag(bend), by_place)
+    least = least + energy * jnp.kron(jnp.eye(len(share), dtype=theta.dtype), by_energy)
+    unit, scale = scaled(information + jnp.pad(least, (0, 1)), present_of(model.mask))
     _, log_determinant = spd.inverse(unit)
     return log_determinant - 2 * jnp.log(jnp.where(scale > 0, scale, 1)).sum()
 

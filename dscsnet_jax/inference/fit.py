@@ -167,7 +167,7 @@ def _minimise(
         step = _damped_step(old, damping, present)
         step = step * jnp.minimum(1, _LONGEST / jnp.maximum(_longest_move(step), _LONGEST))
         new = model.quadratic(theta + step)
-        better = new.cost < old.cost
+        better = (new.terms - old.terms).sum() < 0
         damping = jnp.clip(jnp.where(better, damping * _EASE, damping * _TIGHTEN), least, largest)
         theta, kept = jax.tree.map(
             lambda a, b: jnp.where(better, a, b), (theta + step, new), (theta, old)

@@ -39,6 +39,7 @@ SOFT, HARD = 0.03, 0.0005
 MARGIN = 0.5
 """Pixels beyond the border of a window where a target may still be."""
 _LOG_ROOT_2PI = 0.5 * float(np.log(2 * np.pi))
+_FAR_UP = 12.0  # standard deviations
 
 
 class Quadratic(NamedTuple):
@@ -48,11 +49,14 @@ class Quadratic(NamedTuple):
       cost: minus log likelihood and prior.
       gradient: (3K+1,) its derivative.
       information: (3K+1, 3K+1) Fisher information of the pixels and curvature of the prior.
+      terms: (R,) what the cost adds up, but for a constant: differences of costs keep the
+        digits that the sums of many pixels lose.
     """
 
     cost: jax.Array
     gradient: jax.Array
     information: jax.Array
+    terms: jax.Array
 
 
 class Residuals(NamedTuple):
@@ -61,18 +65,20 @@ class Residuals(NamedTuple):
     Attributes:
       value: (R,) residuals, those of the pixels first.
       jacobian: (R, 3K+1) of the expected values.
-      log_likelihood: of the pixels; of the prior's rows it is minus half their squares.
-      num_pixels: how many rows are pixels.
+      pixels: (P,) log likelihood of the pixels but for `log_scale`; of the prior's rows it is
+        minus half their squares.
     """
 
     value: jax.Array
     jacobian: jax.Array
-    log_likelihood: jax.Array
-    num_pixels: int
+    pixels: jax.Array
 
 
 class Pixels(NamedTuple):
-    """Log likelihood (N, M, ...) of pixels, its derivative by `mu`, and their information."""
+    """Log likelihood (N, M, ...) of pixels, its derivative by `mu`, and their information.
+
+    Variances are in those of a pixel without targets; `SceneModel.log_scale` is the rest.
+    """
 
     value: jax.Array
     slope: jax.Array
@@ -139,7 +145,12 @@ class SceneModel:
 
     def log_likelihood(self, theta: jax.Array) -> jax.Array:
         """(...,) log likelihood of the pixels, without `-1/2 log 2 pi` each."""
-        return _sum(_sum(self._pixels(self.source(theta), theta[-1]).value))
+        return _sum(_sum(self._pixels(self.source(theta), theta[-1]).value)) + self.log_scale()
+
+    def log_scale(self) -> jax.Array:
+        """(...,) log likelihood that no target changes: `-log` of the noise, of every pixel."""
+        tells = (self.seen.valid & ~self.seen.saturated).sum((0, 1))
+        return -tells * jnp.log(pixel_std(self.seen, self.known.gain))
 
     def log_prior(self, theta: jax.Array) -> jax.Array:
         """(...,) log prior of `theta` up to a constant of each count, places drawn jointly.
@@ -162,11 +173,14 @@ class SceneModel:
         if prior.places == "joint":
             table = jnp.stack([jnp.asarray(s, row.dtype) for s in prior.log_free_share])
             return -table[jnp.minimum(number, len(prior.log_free_share) - 1)]
-        in_row, in_col = (
-            (place - jax.lax.stop_gradient(self._square_begin(place))) / prior.cluster_size
-            for place in (row, col)
-        )
-        return log_sequential(in_row, in_col, self.mask, prior.separation / prior.cluster_size)
+        rows, cols = (self._begins(place) for place in (row, col))
+        size = prior.cluster_size
+        in_square = [
+            log_sequential((row - r) / size, (col - c) / size, self.mask, prior.separation / size)
+            for r in rows
+            for c in cols
+        ]
+        return jax.nn.logsumexp(jnp.stack(in_square), axis=0) - float(np.log(len(in_square)))
 
     def log_normalisation(self, theta: jax.Array) -> jax.Array:
         """(...,) what is to be added to `log_prior`: its density is then that of unordered targets.
@@ -185,7 +199,7 @@ class SceneModel:
             total = total - 2 * number * jnp.log(jnp.asarray(prior.cluster_size, theta.dtype))
             if prior.cluster_offset is not None:
                 total = total + _sum(jnp.log(jnp.stack([self._squares(p) for p in (row, col)])))
-        if prior.intensity is not None:  # else `v` is uniform up to 1
+        if prior.intensity is not None and not self.uniform:  # else `v` is uniform up to 1
             total = total - number * _LOG_ROOT_2PI
         if prior.count is not None:
             total = total + self._log_count(number, theta.dtype)
@@ -211,17 +225,18 @@ class SceneModel:
     def quadratic(self, theta: jax.Array) -> Quadratic:
         """Cost, gradient and information at `theta` of one window."""
         rows = self.residuals(theta)
-        cost = (rows.value[rows.num_pixels :] ** 2).sum() / 2 - rows.log_likelihood
+        terms = [-rows.pixels, rows.value[len(rows.pixels) :] ** 2 / 2]
         gradient = _product("rp,r->p", rows.jacobian, rows.value)
         information = _product("rp,rq->pq", rows.jacobian, rows.jacobian)
         information = information + jnp.diag(self._latent_curvature(theta))
         if self._room(theta) is not None:
             room, by_room = _with_jacobian(self._room, theta)
             by_room = by_room / room[:, None]
-            cost = cost - jnp.log(room).sum()
+            terms.append(-jnp.log(room))
             gradient = gradient - by_room.sum(0)
             information = information + _product("rp,rq->pq", by_room, by_room)
-        return Quadratic(cost, gradient, information)
+        total = jnp.concatenate(terms)
+        return Quadratic(total.sum() - self.log_scale(), gradient, information, total)
 
     def residuals(self, theta: jax.Array) -> Residuals:
         """Residuals of one window's pixels and prior, weighed by their information."""
@@ -234,8 +249,7 @@ class SceneModel:
         return Residuals(
             jnp.concatenate([value.reshape(-1), prior]),
             jnp.concatenate([columns, by_theta]),
-            pixels.value.sum(),
-            value.size,
+            pixels.value.reshape(-1),
         )
 
     def jacobian(self, theta: jax.Array) -> jax.Array:
@@ -289,12 +303,12 @@ class SceneModel:
         residual = (
             seen.counts - seen.neighbours - source - (seen.level + seen.background_std * t)
         ) / sd
-        value = -(residual**2 + jnp.log(variance)) / 2
+        value = -(residual**2 + jnp.log(variance / pixel_std(seen, self.known.gain) ** 2)) / 2
         by_mu = residual / sd + (residual**2 - 1) * slope / variance / 2
         information = 1 / variance + (slope / variance) ** 2 / 2
         censored = jax.lax.cond(self.censors, log_ndtr, jnp.zeros_like, -residual)
         by_sd = 1 / sd + residual * slope / variance / 2
-        mills = jnp.exp(-(residual**2) / 2 - _LOG_ROOT_2PI - censored)
+        mills, excess = _mills(residual, censored)
 
         def choose(saturated: jax.Array, otherwise: jax.Array) -> jax.Array:
             return jnp.where(seen.valid, jnp.where(seen.saturated, saturated, otherwise), 0)
@@ -302,7 +316,7 @@ class SceneModel:
         return Pixels(
             choose(censored, value),
             choose(mills * by_sd, by_mu),
-            choose(mills * jnp.maximum(mills - residual, 0) * by_sd**2, information),
+            choose(mills * excess * by_sd**2, information),
         )
 
     def _prior_rows(self, theta: jax.Array) -> list[jax.Array]:
@@ -365,6 +379,14 @@ class SceneModel:
             return middle - prior.cluster_size / 2
         offset = prior.cluster_offset
         return jnp.round(middle - offset - prior.cluster_size / 2) + offset
+
+    def _begins(self, place: jax.Array) -> list[jax.Array]:
+        """Where the square begins along an axis; of unknown place: Gauss's two nodes of all."""
+        begin, prior = self._square_begin(place), self.known.prior
+        if prior.cluster_offset is not None:
+            return [begin]
+        off = jnp.maximum(prior.cluster_size - self._spread(place), 0) / 12**0.5
+        return [begin - off, begin + off]
 
     def _squares(self, place: jax.Array) -> jax.Array:
         """(...,) along an axis, the number of squares that hold all targets, at least 1."""
@@ -436,6 +458,20 @@ def all_counts(seen: Observation, gain: Any) -> jax.Array:
     above = seen.counts - seen.neighbours - seen.level
     total = jnp.where(seen.valid, jnp.maximum(above, 0), 0).sum((0, 1))
     return jnp.maximum(total, pixel_std(seen, gain))
+
+
+def _mills(residual: jax.Array, censored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`m = phi(r) / Phi(-r)` with `log Phi(-r)` given, and `m - r`.
+
+    Far up, where `m - r` would be left of the rounding of two large numbers, by its series.
+    """
+    far = residual > _FAR_UP
+    mills = jnp.exp(-(residual**2) / 2 - _LOG_ROOT_2PI - censored)
+    above = jnp.where(far, residual, _FAR_UP)
+    i = 1 / above**2
+    series = (1 - i * (2 - i * (10 - i * (74 - i * 706)))) / above
+    excess = jnp.where(far, series, jnp.maximum(mills - residual, 0))
+    return jnp.where(far, residual + series, mills), excess
 
 
 def _folded(u: jax.Array) -> jax.Array:

@@ -2,11 +2,18 @@
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.inference.convergence import convergence, sort_leading
+from dscsnet_jax.inference.convergence import (
+    bulk_effective_sample_size,
+    convergence,
+    sort_leading,
+    split_rhat,
+    tail_effective_sample_size,
+)
 
 with warnings.catch_warnings():  # its own, on import
     warnings.simplefilter("ignore")
@@ -50,38 +57,103 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_arviz(kind, x64):
-    samples = chains(kind)
-    found = convergence(jnp.asarray(samples))
+def by_arviz(samples: np.ndarray) -> list[float]:
     theirs = np.ascontiguousarray(samples.T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = (
+        found = (
             arviz.rhat(theirs),
             arviz.ess(theirs, method="bulk"),
             arviz.ess(theirs, method="tail"),
         )
-    np.testing.assert_allclose(found, np.array([float(e) for e in expected]), rtol=1e-9)
+    return [float(value) for value in found]
 
 
-def test_single_precision_and_further_axes():
-    samples = np.stack([chains("slow"), chains("stuck")], -1)
-    found = convergence(jnp.asarray(samples, jnp.float32))
-    for column, kind in enumerate(("slow", "stuck")):
-        alone = convergence(jnp.asarray(chains(kind), jnp.float32))
-        np.testing.assert_allclose([c[column] for c in found], alone, rtol=1e-5)
+def by_arviz_of_mean(samples: np.ndarray) -> float:
+    return float(arviz.ess(np.ascontiguousarray(samples.T, float), method="mean"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_arviz(kind, x64):
+    samples = chains(kind)
+    found = convergence(jnp.asarray(samples))
+    np.testing.assert_allclose(found, by_arviz(samples), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_arviz_in_single_precision(kind):
+    samples = chains(kind).astype(np.float32)
+    with jax.debug_nans(True):
+        found = convergence(jnp.asarray(samples))
+    assert found.rhat.dtype == np.float32
+    np.testing.assert_allclose(found, by_arviz(samples), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("draws", "number"), [(4, 4), (5, 4), (8, 3), (10, 3), (16, 4), (33, 2)])
+def test_equals_arviz_for_short_chains(draws, number, x64):
+    # Many of them: rare ends of Geyer's sequence, such as a last even lag below zero.
+    rng = np.random.default_rng(2)
+    many = rng.normal(size=(100, draws, number)) + rng.normal(size=(100, 1, number))
+    found = convergence(jnp.asarray(np.moveaxis(many, 0, -1)))
+    expected = np.array([by_arviz(samples) for samples in many])
+    np.testing.assert_allclose(np.stack(found, 1), expected, rtol=1e-9)
+
+
+def test_each_measure_alone_equals_all_together():
+    samples = jnp.asarray(chains("odd"))
+    alone = [split_rhat, bulk_effective_sample_size, tail_effective_sample_size]
+    np.testing.assert_allclose(
+        [float(measure(samples)) for measure in alone], convergence(samples), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (130,), (3, 100), (0,)])
+def test_further_axes_are_parameters_of_their_own(shape):
+    # Some fill the lanes counted at once, some do not.
+    samples = np.random.default_rng(3).normal(size=(20, 2, *shape)).round(1).astype("f")
+    found = convergence(jnp.asarray(samples))
+    assert found.rhat.shape == shape
+    for place in [*np.ndindex(shape)][:: max(np.prod(shape) // 5, 1)]:
+        alone = convergence(jnp.asarray(samples[:, :, *place]))
+        np.testing.assert_allclose([c[place] for c in found], alone, rtol=1e-5)
+
+
+def test_a_quantile_that_is_a_sample_counts_it(x64):
+    # The 5 % quantile is the second least, 1/20 of the way: rounding must not leave it out.
+    samples = np.random.default_rng(4).permutation(21.0 * np.arange(1, 22) / 10)[:, None]
+    at_most = [samples <= np.sort(samples, 0)[place] for place in (1, 19)]
+    expected = min(by_arviz_of_mean(found) for found in at_most)
+    np.testing.assert_allclose(tail_effective_sample_size(jnp.asarray(samples)), expected)
 
 
 def test_chains_that_are_stuck_apart_do_not_agree():
     apart = jnp.broadcast_to(jnp.arange(4.0), (64, 4))
-    assert convergence(apart).rhat > 1e3
+    assert convergence(apart).rhat == np.inf
+    assert split_rhat(0.1 * apart[:20]) == np.inf
     assert convergence(jnp.asarray(chains("stuck"), jnp.float32)).rhat > 2
 
 
-def test_what_is_known_exactly_has_converged():
-    found = convergence(jnp.full((64, 4), 230.0))
-    assert [float(value) for value in found] == [1.0, 256.0, 256.0]
+@pytest.mark.parametrize("draws", [20, 21, 64])
+@pytest.mark.parametrize("number", [3, 4])
+def test_what_is_known_exactly_has_converged(draws, number):
+    # Also where a mean of equal numbers is not the number: 1/10 is rounded.
+    found = convergence(jnp.full((draws, number), 230.1))
+    all_samples = draws // 2 * 2 * number
+    assert [float(value) for value in found] == [1.0, all_samples, all_samples]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_have_not_converged(value):
+    samples = np.stack([chains("independent")] * 2, -1).astype("f")
+    samples[10, 1, 0] = value
+    found = convergence(jnp.asarray(samples))
+    assert [float(c[0]) for c in found] == [np.inf, 0, 0]
+    np.testing.assert_allclose([c[1] for c in found], by_arviz(samples[..., 1]), rtol=1e-3)
+
+
+def test_refuses_fewer_than_four_draws():
+    with pytest.raises(ValueError, match="at least 4 draws, got 3"):
+        convergence(jnp.zeros((3, 4)))
 
 
 @pytest.mark.parametrize("number", [1, 2, 64, 100])
