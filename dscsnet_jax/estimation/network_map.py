@@ -219,13 +219,14 @@ def _large_map(
 
 
 def _batches(y: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches of one shape; the last is padded with zeros, no frame is left out.
+    """Batches of one shape; the last is filled up with its last row, no frame is left out.
 
     Few frames make a smaller batch, in powers of two: each size is a program of its own.
     """
     size = min(batch_size, max(_LEAST_BATCH, 1 << (len(y) - 1).bit_length()))
     missing = -len(y) % size if len(y) else size
-    padded = np.concatenate([y, np.zeros((missing, *y.shape[1:]), y.dtype)])
+    filling = y[-1:] if len(y) else np.ones((1, *y.shape[1:]), y.dtype)
+    padded = np.concatenate([y, np.repeat(filling, missing, 0)])
     return np.split(padded, len(padded) // size)
 
 
