@@ -8,9 +8,7 @@ still owe the way back from places to samples.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,17 +21,19 @@ _ROWS = 16  # compared in one go, which saves the trip of the counts through mem
 _LEAST_DRAWS = 4
 _TAILS = (5, 95)  # per cent
 
-
 _Three = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Convergence(NamedTuple):
-    """What R-hat and the effective sample sizes say of each parameter.
+    """What the samples say of each parameter.
 
     Attributes:
-      rhat: (...) as `split_rhat`.
-      bulk: (...) as `bulk_effective_sample_size`.
-      tail: (...) as `tail_effective_sample_size`.
+      rhat: (...) rank-normalised split R-hat: 1 if the chains agree, at most 1.01 is good; at
+        least sqrt((N-1)/N), never NaN.
+      bulk: (...) effective sample size: how many independent samples would know the centre
+        of the distribution as well; of the normal scores of the ranks.
+      tail: (...) how many would know the limits of a 90 % interval as well: of being at most
+        the 5 % and at most the 95 % quantile, the smaller number of both.
     """
 
     rhat: jax.Array
@@ -41,100 +41,25 @@ class Convergence(NamedTuple):
     tail: jax.Array
 
 
-def split_rhat(samples: jax.Array) -> jax.Array:
-    r"""Rank-normalised split R-hat: 1 if the chains agree, at most 1.01 is good.
+@jax.jit
+def convergence(samples: jax.Array) -> Convergence:
+    r"""Rank-normalised split R-hat, bulk and tail effective sample size.
 
     Chains are cut in half, samples x replaced by normal scores of their ranks r among all S,
 
         z = Phi^-1((r - 3/8) / (S + 1/4)),   R^2 = ((N-1)/N W + B/N) / W,
 
     where W is the mean variance within the C halves of N draws and B/N the variance of their
-    means. The answer is the larger one of that of x (do places agree?) and of |x - median|
+    means. The R-hat is the larger one of that of x (do places agree?) and of |x - median|
     (do spreads?). Ties share their mean rank.
 
-    A parameter which never changes has R-hat 1. Chains that are stuck, each at its own value,
-    have one far above 1 or infinite. Ranks bound it where chains still move, however little:
-    four chains side by side reach 3. Samples that are not finite answer infinity.
+    A parameter which never changes has R-hat 1, and all samples are effective. Chains that
+    are stuck, each at its own value, have one far above 1 or infinite. Ranks bound it where
+    chains still move, however little: four chains side by side reach 3. Where some samples
+    are not finite it is infinite, and none is effective.
 
     Args:
       samples: (S, P, ...), S draws of P chains, at least 4; an odd S drops the middle one.
-
-    Returns:
-      (...) at least sqrt((N-1)/N), never NaN.
-
-    Raises:
-      ValueError: if there are fewer than 4 draws.
-
-    Example:
-      >>> mixed = jax.random.normal(jax.random.key(0), (200, 4))
-      >>> apart = mixed + jnp.arange(4.0)[None]
-      >>> [round(float(split_rhat(chains)), 1) for chains in (mixed, apart)]
-      [1.0, 1.5]
-
-    References:
-      A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Buerkner, Bayesian Analysis 16
-      (2021) 667.
-    """
-    return _over_lanes(_rhat, samples)
-
-
-def bulk_effective_sample_size(samples: jax.Array) -> jax.Array:
-    """How many independent samples would know the centre of the distribution as well.
-
-    Of the normal scores of the ranks, see `split_rhat`.
-
-    Args:
-      samples: (S, P, ...) as for `split_rhat`.
-
-    Returns:
-      (...) number; that of all samples if they are all equal, 0 if some are not finite.
-
-    Raises:
-      ValueError: if there are fewer than 4 draws.
-
-    Example:
-      >>> steps = jax.random.normal(jax.random.key(0), (200, 4))
-      >>> walk = jnp.cumsum(steps, axis=0)
-      >>> [bool(bulk_effective_sample_size(chains) > 400) for chains in (steps, walk)]
-      [True, False]
-
-    References:
-      Vehtari et al. (2021), see `split_rhat`; C. J. Geyer, Stat. Sci. 7 (1992) 473.
-    """
-    return _over_lanes(_bulk, samples)
-
-
-def tail_effective_sample_size(samples: jax.Array) -> jax.Array:
-    """How many independent samples would know the limits of a 90 % interval as well.
-
-    Of being at most the 5 % and at most the 95 % quantile, the smaller number of both.
-
-    Args:
-      samples: (S, P, ...) as for `split_rhat`.
-
-    Returns:
-      (...) number; that of all samples if they are all equal, 0 if some are not finite.
-
-    Raises:
-      ValueError: if there are fewer than 4 draws.
-
-    Example:
-      >>> steps = jax.random.normal(jax.random.key(0), (200, 4))
-      >>> walk = jnp.cumsum(steps, axis=0)
-      >>> [bool(tail_effective_sample_size(chains) > 400) for chains in (steps, walk)]
-      [True, False]
-
-    References:
-      Vehtari et al. (2021), see `split_rhat`.
-    """
-    return _over_lanes(_tail, samples)
-
-
-def convergence(samples: jax.Array) -> Convergence:
-    """All three measures; ranks are found once.
-
-    Args:
-      samples: (S, P, ...) as for `split_rhat`.
 
     Returns:
       A `Convergence` of arrays (...).
@@ -143,11 +68,27 @@ def convergence(samples: jax.Array) -> Convergence:
       ValueError: if there are fewer than 4 draws.
 
     Example:
-      >>> known = convergence(jnp.full((64, 4), 3.0))
-      >>> [float(value) for value in known]
-      [1.0, 256.0, 256.0]
+      >>> mixed = jax.random.normal(jax.random.key(0), (200, 4))
+      >>> apart, walk = mixed + jnp.arange(4.0)[None], jnp.cumsum(mixed, axis=0)
+      >>> [round(float(convergence(chains).rhat), 1) for chains in (mixed, apart)]
+      [1.0, 1.5]
+      >>> [bool(convergence(chains).bulk > 400) for chains in (mixed, walk)]
+      [True, False]
+
+    References:
+      A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Buerkner, Bayesian Analysis 16
+      (2021) 667; C. J. Geyer, Stat. Sci. 7 (1992) 473.
     """
-    return _over_lanes(_all, samples)
+    draws, chains, *rest = samples.shape
+    if draws < _LEAST_DRAWS:
+        raise ValueError(f"expected at least {_LEAST_DRAWS} draws, got {draws}")
+    samples = samples.astype(jnp.promote_types(samples.dtype, jnp.float32))
+    lanes = math.prod(rest)
+    width = max(min(lanes, _LANES), 1)
+    flat = jnp.pad(samples.reshape(draws, chains, lanes), ((0, 0), (0, 0), (0, -lanes % width)))
+    blocks = jnp.moveaxis(flat.reshape(draws, chains, -1, width), 2, 0)
+    answers = jax.lax.map(_of_block, blocks)
+    return jax.tree.map(lambda answer: answer.reshape(-1)[:lanes].reshape(rest), answers)
 
 
 def sort_leading(values: jax.Array) -> jax.Array:
@@ -191,19 +132,9 @@ class _Split(NamedTuple):
     finite: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _over_lanes(measure: Callable[[_Split], Any], samples: jax.Array) -> Any:
-    """The measure of samples (S, P, ...), `_LANES` parameters at a time."""
-    draws, chains, *rest = samples.shape
-    if draws < _LEAST_DRAWS:
-        raise ValueError(f"expected at least {_LEAST_DRAWS} draws, got {draws}")
-    samples = samples.astype(jnp.promote_types(samples.dtype, jnp.float32))
-    lanes = math.prod(rest)
-    width = max(min(lanes, _LANES), 1)
-    flat = jnp.pad(samples.reshape(draws, chains, lanes), ((0, 0), (0, 0), (0, -lanes % width)))
-    blocks = jnp.moveaxis(flat.reshape(draws, chains, -1, width), 2, 0)
-    answers = jax.lax.map(lambda block: measure(_split(block)), blocks)
-    return jax.tree.map(lambda answer: answer.reshape(-1)[:lanes].reshape(rest), answers)
+def _of_block(samples: jax.Array) -> Convergence:
+    split = _split(samples)
+    return Convergence(_rhat(split), _bulk(split), _tail(split))
 
 
 def _split(samples: jax.Array) -> _Split:
@@ -269,10 +200,6 @@ def _tail(split: _Split) -> jax.Array:
     # A sample is at most the quantile if no more than these are less: no rounding.
     sizes = [_effective((less <= last * p // 100).astype(split.samples.dtype)) for p in _TAILS]
     return jnp.where(split.finite, jnp.minimum(*sizes), 0)
-
-
-def _all(split: _Split) -> Convergence:
-    return Convergence(_rhat(split), _bulk(split), _tail(split))
 
 
 def _spread_ratio(chains: jax.Array) -> jax.Array:

@@ -7,13 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.inference.convergence import (
-    bulk_effective_sample_size,
-    convergence,
-    sort_leading,
-    split_rhat,
-    tail_effective_sample_size,
-)
+from dscsnet_jax.inference.convergence import convergence, sort_leading
 
 with warnings.catch_warnings():  # its own, on import
     warnings.simplefilter("ignore")
@@ -99,14 +93,6 @@ def test_equals_arviz_for_short_chains(draws, number, x64):
     np.testing.assert_allclose(np.stack(found, 1), expected, rtol=1e-9)
 
 
-def test_each_measure_alone_equals_all_together():
-    samples = jnp.asarray(chains("odd"))
-    alone = [split_rhat, bulk_effective_sample_size, tail_effective_sample_size]
-    np.testing.assert_allclose(
-        [float(measure(samples)) for measure in alone], convergence(samples), rtol=1e-6
-    )
-
-
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (130,), (3, 100), (0,)])
 def test_further_axes_are_parameters_of_their_own(shape):
     # Some fill the lanes counted at once, some do not.
@@ -123,13 +109,13 @@ def test_a_quantile_that_is_a_sample_counts_it(x64):
     samples = np.random.default_rng(4).permutation(21.0 * np.arange(1, 22) / 10)[:, None]
     at_most = [samples <= np.sort(samples, 0)[place] for place in (1, 19)]
     expected = min(by_arviz_of_mean(found) for found in at_most)
-    np.testing.assert_allclose(tail_effective_sample_size(jnp.asarray(samples)), expected)
+    np.testing.assert_allclose(convergence(jnp.asarray(samples)).tail, expected)
 
 
 def test_chains_that_are_stuck_apart_do_not_agree():
     apart = jnp.broadcast_to(jnp.arange(4.0), (64, 4))
     assert convergence(apart).rhat == np.inf
-    assert split_rhat(0.1 * apart[:20]) == np.inf
+    assert convergence(0.1 * apart[:20]).rhat == np.inf
     assert convergence(jnp.asarray(chains("stuck"), jnp.float32)).rhat > 2
 
 
