@@ -20,9 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
-from dscsnet_jax.estimation.prior import scene_prior
-from dscsnet_jax.estimation.unmix import Unmixed, bayes_reference, known_of, unmix
+from dscsnet_jax.estimation.result import UnmixResult
+from dscsnet_jax.estimation.unmix import bayes_reference, known_of, unmix
 from dscsnet_jax.evaluation.report import Scores, evaluate
+from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets, from_arrays
@@ -31,7 +32,7 @@ NOISE = (0.5, 1.0, 2.0, 5.0, 10.0)
 DISTANCE = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5)
 MIDDLE = 2.0
 SEED = 0
-METHODS: dict[str, Callable[[np.ndarray, Targets, dict[str, Any]], Unmixed]] = {
+METHODS: dict[str, Callable[[np.ndarray, Targets, dict[str, Any]], UnmixResult]] = {
     "dscsnet": lambda frames, _, known: unmix(frames, **known),
     "greedy": lambda frames, _, known: unmix(frames, method="greedy", **known),
     "grid": lambda frames, _, known: unmix(frames, method="grid", **known),

@@ -4,6 +4,7 @@ The settings are those people turn on to find an error: float64, a stop at the f
 a check for leaked tracers. Every case is compared with its answer in none of them.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -142,14 +143,41 @@ def scored(folder: Path, csist: Path) -> Any:
     return np.array([[row[name] or 0 for name in names] for row in rows])
 
 
+def unmixed(folder: Path, csist: Path, method: str) -> Any:
+    """Posterior means of the two frames; of their scenes nothing is told."""
+    out = folder / f"{method}.csv"
+    assert main([*unmixing(csist, method), "--out", str(out)]) == 0
+    return read(out)
+
+
+def unmixing(csist: Path, method: str) -> list[str]:
+    argv = ["unmix", str(csist / "cso_img"), "--method", method, "--estimate", "mean"]
+    return [*argv, "--noise", "1", "--pedestal", "10", "--background", "0"]
+
+
+def read(out: Path) -> list[np.ndarray]:
+    """Rows, cols and intensities of a catalog whose errors are those to be expected."""
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["frame"] for row in rows} == {"image_0.png", "image_1.png"}
+    names = ("row", "col", "intensity")
+    errors = np.array([[float(row[f"{name}_std"]) for name in names] for row in rows])
+    assert (errors > 0).all()
+    # Chains part at the first rounding, and their samples tell the errors to a part only.
+    assert (errors < (0.1, 0.1, 10)).all()
+    return [np.array([float(row[name]) for row in rows]) for name in names]
+
+
 Verb = Callable[[Path, Path], Any]
 VERBS: dict[str, tuple[Verb, float]] = {
     "simulate": (simulated, 1e-6),
     "train": (trained, 1e-4),
     "import-weights": (imported, 0),
     "evaluate": (scored, 1e-3),
+    "unmix, greedy": (partial(unmixed, method="greedy"), 1e-2),
+    "unmix, dscsnet": (partial(unmixed, method="dscsnet"), 1e-2),
 }
-SLOW = ("train",)
+SLOW = ("train", "unmix, greedy", "unmix, dscsnet")
 _plain: dict[str, Any] = {}
 
 
@@ -179,6 +207,16 @@ def test_float64_may_be_set_in_the_environment(csist: Path, tmp_path: Path) -> N
     ours, theirs = (json.loads(path.read_text()) for path in (expected, found))
     assert theirs["mAP"] == pytest.approx(ours["mAP"], abs=1e-6)
     assert theirs["psnr"] == pytest.approx(ours["psnr"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_posterior_means_of_float64_set_in_the_environment(csist: Path, tmp_path: Path) -> None:
+    expected = unmixed(tmp_path, csist, "greedy")
+    out = tmp_path / "64.csv"
+    run = [sys.executable, "-m", "dscsnet_jax.cli", *unmixing(csist, "greedy"), "--out", str(out)]
+    settings = {"JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    subprocess.run(run, check=True, env=os.environ | settings)
+    assert_same(read(out), expected, 1e-2)
 
 
 # --- library --------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ EXAMPLE = options.examples(
     ]
 )
 
+_LEVEL = {"pedestal", "background"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
@@ -65,8 +67,10 @@ def run(args: argparse.Namespace) -> int:
         known = known_of(preset)
     if args.limit and (preset is None or preset.variation is not None):
         raise ValueError(f"--limit needs a set of one preset made by simulate, got {args.data}")
-    arguments = known | options.sensor_arguments(args) | options.prior_arguments(args)
-    arguments |= options.method_arguments(args)
+    told = options.sensor_arguments(args)
+    if told.keys() & _LEVEL:  # the preset's other one does not go with it
+        known = {name: value for name, value in known.items() if name not in _LEVEL}
+    arguments = known | told | options.prior_arguments(args) | options.method_arguments(args)
     size = len(split.frames) if args.fit_psf else max(args.batch_size, progress.RUN)
     answers = [
         unmix(frames, return_maps=True, **arguments)

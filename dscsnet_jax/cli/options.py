@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dscsnet_jax.estimation.offgrid import ESTIMATES
-from dscsnet_jax.estimation.prior import preset_prior, scene_prior
+from dscsnet_jax.estimation.solve import ESTIMATES
 from dscsnet_jax.estimation.unmix import METHODS, READOUTS
+from dscsnet_jax.inference.prior import preset_prior, scene_prior
 from dscsnet_jax.physics.scene import Preset, presets
 
 _CHANGES = ("division", "frame_size", "sigma", "read_noise", "offset")
@@ -71,15 +72,16 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
         "--prior",
         choices=sorted(known_presets()),
         help="what the scenes of this preset have in common: range of intensities, least "
-        "distance, extent and number of targets; default: nothing is known",
+        "distance, cluster size and number of targets; default: nothing is known",
     )
     parser.add_argument(
         "--intensity", type=counts, nargs=2, metavar=("LOW", "HIGH"), help="range, counts"
     )
     parser.add_argument("--separation", type=counts, help="least distance of targets, pixels")
     parser.add_argument(
-        "--extent", type=length, help="side of the square that holds a cluster, pixels"
+        "--cluster-size", type=length, help="side of the square that holds a cluster, pixels"
     )
+    parser.add_argument("--extent", type=length, dest="cluster_size", action=_Renamed)
 
 
 def add_sensor(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +93,15 @@ def add_sensor(parser: argparse.ArgumentParser) -> None:
         "--fit-psf", action="store_true", help="fit the width of the PSF, one for all frames"
     )
     parser.add_argument("--noise", type=counts, help="standard deviation of the read noise, counts")
-    parser.add_argument("--background", type=number, help="counts under every pixel")
+    parser.add_argument(
+        "--pedestal", type=number, help="electronic offset under every pixel, counts; default: 0"
+    )
+    parser.add_argument(
+        "--background",
+        type=number,
+        help="light under every pixel, counts, with shot noise if a gain is given; default: "
+        "estimated, as what is above the pedestal",
+    )
     parser.add_argument(
         "--saturation",
         type=full_well,
@@ -113,7 +123,7 @@ def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def sensor_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `estimation.unmix.unmix`: optics and sensor, as far as given."""
-    names = ("sigma", "noise", "background", "saturation", "gain")
+    names = ("sigma", "noise", "pedestal", "background", "saturation", "gain")
     given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None} | {
         "fit_psf": args.fit_psf
@@ -122,20 +132,35 @@ def sensor_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def prior_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `estimation.unmix.unmix`: the prior, if anything is given of it."""
-    given = {name: getattr(args, name) for name in ("intensity", "separation", "extent")}
-    given = {name: value for name, value in given.items() if value is not None}
+    names = ("intensity", "separation", "cluster_size")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.prior is None:
         return {"prior": scene_prior(**given)} if given else {}
     known = preset_prior(presets()[args.prior])
-    whole: dict[str, Any] = {
-        "intensity": known.intensity,
-        "separation": known.separation,
-        "extent": known.extent,
-        "count": known.count,
-        # The preset's place of the square goes with its extent.
-        "corner": None if "extent" in given else known.corner,
-    }
+    whole = {name: getattr(known, name) for name in (*names, "count", "places")}
+    # The preset's place of the square goes with its size.
+    whole["cluster_offset"] = None if "cluster_size" in given else known.cluster_offset
     return {"prior": scene_prior(**whole | given)}
+
+
+class _Renamed(argparse.Action):
+    """An option's old name: it is hidden from the help, and says once what the new one is."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **given: Any) -> None:
+        super().__init__(option_strings, dest, help=argparse.SUPPRESS, **given)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take the value for the new name."""
+        if getattr(namespace, self.dest) is None:
+            name = self.dest.replace("_", "-")
+            print(f"note: {option_string} is now --{name}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dscsnet_jax.cli import options, progress
-from dscsnet_jax.estimation.unmix import Unmixed, unmix
+from dscsnet_jax.estimation.result import UnmixResult
+from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.io.catalog import (
     Catalog,
     concatenate,
@@ -90,7 +91,7 @@ def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
     ]
 
 
-def _answer(stack: FrameStack, args: argparse.Namespace) -> Unmixed:
+def _answer(stack: FrameStack, args: argparse.Namespace) -> UnmixResult:
     sensor = options.sensor_arguments(args)
     if np.isfinite(stack.full_well):
         sensor = {"saturation": stack.full_well} | sensor
@@ -113,7 +114,7 @@ def _print_catalog(catalog: Catalog) -> None:
         sys.stdout.write(path.read_text(encoding="utf-8"))
 
 
-def _summary(answers: list[Unmixed]) -> str:
+def _summary(answers: list[UnmixResult]) -> str:
     """Frames, targets, how many targets the frames have, and what was flagged."""
     counts = np.concatenate([np.asarray(answer.targets.count) for answer in answers])
     per_count = dict(enumerate(np.bincount(counts).tolist()))

@@ -19,7 +19,7 @@ import numpy as np
 
 BLOCK = 128
 _PIXELS = 1 << 22
-_FEW_SLOTS = 8
+_FEWEST, _STEP = 32, 4
 # JAX's settings that a `with` sets for one thread only.
 _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
@@ -46,14 +46,21 @@ def frames_per_block(shape: tuple[int, ...]) -> int:
     return int(np.clip(_PIXELS // max(pixels, 1), 1, BLOCK))
 
 
-def fits_per_block(slots: int) -> int:
-    """Windows of so many targets that go into a block: few of the large ones, which are rare.
+def windows_per_block(number: int) -> int:
+    """Windows that go into a block: a share of each core, filled up to a few sizes.
+
+    Each size is a program of its own, so there are few. Windows that take longer than others
+    are gathered within a block, so large ones are best.
 
     Example:
-      >>> fits_per_block(4), fits_per_block(12)
-      (128, 16)
+      >>> windows_per_block(3)
+      32
     """
-    return BLOCK if slots <= _FEW_SLOTS else BLOCK // 8
+    share = -(-number // _cores()) if jax.default_backend() == "cpu" else number
+    size = _FEWEST
+    while size < min(share, _FEWEST * _STEP**3):
+        size *= _STEP
+    return size
 
 
 def in_blocks(function: Callable[..., Any], batched: Any, *shared: Any, size: int = BLOCK) -> Any:

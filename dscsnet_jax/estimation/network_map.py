@@ -17,10 +17,11 @@ from scipy import ndimage
 
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.detect import peaks_of
-from dscsnet_jax.estimation.observe import Observation
-from dscsnet_jax.estimation.prior import ScenePrior, least_energy
 from dscsnet_jax.estimation.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
 from dscsnet_jax.estimation.tiling import TILE, tiled_map
+from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.pixels import pixel_std
+from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.targets import Targets
@@ -59,7 +60,7 @@ def check_width(weights: Weights, width: np.ndarray) -> None:
 def read_maps(
     observation: Observation,
     weights: Weights,
-    prior: ScenePrior,
+    known: Known,
     *,
     readout: str,
     threshold: float | None,
@@ -70,20 +71,20 @@ def read_maps(
 
     The network sees the PSF it was trained for; the fit takes the true one.
     """
-    background = observation.background[:, None, None]
     # Saturated pixels hold the least value that rounds to the full well; it was trained on that.
     recorded = np.where(observation.saturated, np.ceil(observation.counts), observation.counts)
-    y = _fill_invalid((recorded - background).astype(background.dtype), observation.valid)
+    above = recorded - observation.neighbours - observation.level[:, None, None]
+    y = _fill_invalid(above.astype(observation.counts.dtype), observation.valid)
     geometry = weights.metadata.geometry
     network = network_of(weights)
     nominal = np.asarray(geometry.sigma, np.float32)
     operator = _operator(y.shape[1:], division=geometry.division, sigma=nominal)
     model = _Model(network, jax.device_put(weights.params), operator)
-    noise = observation.noise.astype(np.float32)
+    noise = np.asarray(pixel_std(observation, known.gain), np.float32)
     scale = np.asarray(network.scale(jnp.asarray(y), jnp.asarray(noise))) if len(y) else noise
     least, capacity = threshold, None
-    if prior.intensity is not None:
-        low, high = (float(v) for v in prior.intensity)
+    if known.prior.intensity is not None:
+        low, high = (float(v) for v in known.prior.intensity.range)
         capacity = (low + high) / 2 if low > high / 2 else None
         least = _PRIOR_SHARE * low if threshold is None and low > 0 else threshold
     elif getattr(network.config, "normalise", "fixed") == "fixed":
@@ -118,7 +119,7 @@ def read_maps(
 def read_windows(
     observation: Observation,
     weights: Weights,
-    prior: ScenePrior,
+    known: Known,
     *,
     threshold: float | None,
     max_targets: int,
@@ -132,21 +133,16 @@ def read_windows(
     read = functools.partial(
         read_maps,
         weights=weights,
-        prior=prior,
+        known=known,
         readout="peaks",
         threshold=threshold,
         batch_size=batch_size,
     )
     if is_frame_bound(network_of(weights)):
         return read(observation, max_targets=max_targets)[1:]
-    peaks = peaks_of(
-        observation,
-        max_targets=max_targets,
-        least_energy=least_energy(prior),
-        least_snr=_FAINTEST_SNR,
-    )
-    shapes = windows.exact_shapes(float(observation.sigma.max(initial=0.1)))[2:]
-    cuts, crowded = windows.cut(observation, peaks, shapes)
+    peaks = peaks_of(observation, known, max_targets=max_targets, least_snr=_FAINTEST_SNR)
+    shapes = windows.exact_shapes(float(np.max(known.sigma)))[2:]
+    cuts, crowded = windows.cut(observation, peaks, shapes, sigma=known.sigma)
     parts = []
     for w in cuts:
         slots = w.targets.mask.shape[1]
@@ -166,7 +162,9 @@ def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
         return np.where(there[:, None], apart, np.inf).min(-1, initial=np.inf)
 
     of_frame, of_window = (jax.tree.map(np.asarray, t) for t in (peaks, w.targets))
-    closest = nearest(of_frame.position[w.frame] - w.origin[:, None], of_frame.mask[w.frame])
+    closest = nearest(
+        of_frame.position[w.frame] - w.observation.origin[:, None], of_frame.mask[w.frame]
+    )
     own = nearest(of_window.position, of_window.mask) <= closest + 1e-3
     return dataclasses.replace(found, mask=found.mask & own)
 

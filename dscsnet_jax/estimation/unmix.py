@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation.answer import Unmixed, grid_answer, solved_answer
 from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
 from dscsnet_jax.estimation.network_map import check_width, read_maps, read_windows
-from dscsnet_jax.estimation.observe import Observation, observe
-from dscsnet_jax.estimation.offgrid import ESTIMATES, fit_width, solve
-from dscsnet_jax.estimation.prior import ScenePrior, preset_prior
+from dscsnet_jax.estimation.psf_width import fit_width
+from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
+from dscsnet_jax.estimation.solve import ESTIMATES, solve
+from dscsnet_jax.inference.observation import Observation, observe
+from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.physics.scene import Preset, presets
@@ -50,7 +51,7 @@ def known_of(preset: Preset) -> dict[str, Any]:
       ValueError: if the preset's conditions differ from frame to frame.
 
     Example:
-      >>> known_of(presets()["csist_noise"])["background"]
+      >>> known_of(presets()["csist_noise"])["pedestal"]
       10.0
     """
     if preset.variation is not None:
@@ -59,7 +60,8 @@ def known_of(preset: Preset) -> dict[str, Any]:
     return {
         "sigma": preset.sigma,
         "noise": float(sensor.read_noise),
-        "background": float(sensor.offset),
+        "pedestal": float(sensor.offset),
+        "background": 0.0,
         "saturation": float(sensor.saturation),
         "gain": None if sensor.electrons_per_count is None else float(sensor.electrons_per_count),
         "prior": preset_prior(preset),
@@ -68,7 +70,7 @@ def known_of(preset: Preset) -> dict[str, Any]:
 
 def bayes_reference(
     frames: Any, truth: Targets, known: dict[str, Any], *, seed: int = 0
-) -> Unmixed:
+) -> UnmixResult:
     """Posterior mean of frames whose scene is known: what estimates can hope for.
 
     The chains start at the true targets and keep their number. Where a posterior has
@@ -82,22 +84,20 @@ def bayes_reference(
       seed: of the posterior's random numbers.
 
     Returns:
-      `Unmixed`.
+      `UnmixResult`.
     """
-    y = np.asarray(frames, np.float32)
-    width = np.broadcast_to(known["sigma"], 2)
-    sensor = (known[name] for name in ("noise", "background", "saturation", "gain"))
+    sensor = (known[name] for name in ("noise", "pedestal", "background", "saturation", "gain"))
+    told = _known(known["sigma"], known["gain"], known["prior"])
     solved = solve(
-        _observed(y, width, *sensor),
+        _observed(np.asarray(frames, np.float32), *sensor),
         truth,
-        known["prior"],
+        told,
         max_targets=np.asarray(truth.mask).shape[1],
         fixed_count=True,
         from_start=True,
         seed=seed,
     )
-    none = np.zeros(len(y), bool)
-    return solved_answer(solved, known["prior"], none, none, None)
+    return solved_result(solved, told)
 
 
 def unmix(
@@ -110,6 +110,7 @@ def unmix(
     sigma: float | tuple[float, float] | None = None,
     fit_psf: bool = False,
     noise: float | None = None,
+    pedestal: float | None = None,
     background: float | None = None,
     saturation: float | None = None,
     gain: float | None = None,
@@ -120,8 +121,8 @@ def unmix(
     batch_size: int = 256,
     seed: int = 0,
     return_maps: bool = False,
-) -> Unmixed:
-    """Tell the targets of frames apart.
+) -> UnmixResult:
+    """Resolve the targets of frames.
 
     Frames may have any size: the network looks at windows around what stands out of the
     noise (for `grid`, at whole frames, the large ones in overlapping tiles), and targets
@@ -134,13 +135,15 @@ def unmix(
         `greedy`: no network, one target at a time at the residual's peak, refined alike;
         `grid`: the network's map alone, read out.
       estimate: `mean`: posterior mean; `map`: the fit. Not for `grid`.
-      prior: what is known of the scene (`estimation.prior`); None: nothing.
+      prior: what is known of the scene (`inference.prior`); None: nothing.
       weights: `Weights`, a file of them, the name of packaged ones, or None: the default.
       sigma: PSF standard deviation, pixels; None: that of the weights.
       fit_psf: fit one common factor to the PSF's width, from all frames together.
       noise: standard deviation of a pixel's read noise, counts; None: estimated from each
         frame. Rounding is added where frames hold whole counts.
-      background: counts under every pixel; None: estimated from each frame.
+      pedestal: electronic offset under every pixel, counts; it has no noise. None: 0.
+      background: light under every pixel, counts, with shot noise by the gain; None:
+        estimated from each frame, as what its level is above the pedestal.
       saturation: full well, counts, at which pixels tell only a lower limit; None: that
         of the type for frames of 8 or 16 bit, or of the sensor the weights were trained
         for where it is known.
@@ -156,7 +159,7 @@ def unmix(
       return_maps: make, or keep, the maps of whole frames; None is returned for `greedy`.
 
     Returns:
-      `Unmixed`.
+      `UnmixResult`.
 
     Raises:
       ValueError: for frames that are not images of real, finite counts; weights trained
@@ -186,11 +189,11 @@ def unmix(
     if slots < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
     width = np.broadcast_to(weights.metadata.geometry.sigma if sigma is None else sigma, 2)
-    prior = ScenePrior() if prior is None else prior
-    observation = _observed(y, width, noise, background, saturation, gain)
+    known = _known(width, gain, ScenePrior() if prior is None else prior)
+    observation = _observed(y, noise, pedestal, background, saturation, gain)
     room = max(_ROOM, slots)  # what is too much is left out at the end, not before the fit
     maps, found, over = None, no_targets(len(y), room), np.zeros(len(y), bool)
-    given = observation, weights, prior
+    given = observation, weights, known
     how: dict[str, Any] = {
         "threshold": threshold,
         "max_targets": slots if method == "grid" else room,
@@ -202,25 +205,24 @@ def unmix(
         found, over = read_windows(*given, **how)
     if method == "grid":
         maps, found, over = read_maps(*given, readout=readout, **how)
-    elif method == "dscsnet" and return_maps:
+        maps = maps if return_maps else None
+        return grid_result(observation, found, known, truncated=over, maps=maps)
+    if method == "dscsnet" and return_maps:
         maps = read_maps(*given, readout=readout, **how)[0]
-    invalid = ~observation.valid.all((1, 2))
-    if method == "grid":
-        return grid_answer(observation, found, over, invalid, maps if return_maps else None)
+    greedy = method == "greedy"
     if fit_psf:
-        greedy = method == "greedy"
-        observation, found = fit_width(observation, found, prior, greedy=greedy, seed=seed)
+        known, found = fit_width(observation, found, known, greedy=greedy, seed=seed)
     solved = solve(
         observation,
         found,
-        prior,
+        known,
         max_targets=slots,
         estimate=estimate,
         estimate_noise=noise is None,
-        greedy=method == "greedy",
+        greedy=greedy,
         seed=seed,
     )
-    return solved_answer(solved, prior, over, invalid, maps)
+    return solved_result(solved, known, truncated=over, maps=maps)
 
 
 def _check_choices(method: str, estimate: str, readout: str, batch_size: int) -> None:
@@ -254,33 +256,33 @@ def _trained_well(weights: Weights) -> float:
     return float(preset.sensor.saturation)
 
 
+def _known(sigma: Any, gain: float | None, prior: ScenePrior) -> Known:
+    width = np.broadcast_to(np.asarray(sigma, np.float32), 2)
+    return Known(width, None if gain is None else np.float32(gain), prior)
+
+
 def _observed(
     y: np.ndarray,
-    width: np.ndarray,
     noise: float | None,
+    pedestal: float | None,
     background: float | None,
     saturation: float,
     gain: float | None,
 ) -> Observation:
     """The frames with their sensor, block by block."""
-    known = {"noise": noise, "background": background, "gain": gain}
-    for name, value in known.items():
-        least = -np.inf if name == "background" else 0
-        if value is not None and not (least <= value < np.inf and value != -np.inf):
+    given = {"noise": noise, "pedestal": pedestal, "background": background, "gain": gain}
+    told = {name: value for name, value in given.items() if value is not None}
+    for name, value in told.items():
+        least = -np.inf if name in ("pedestal", "background") else 0
+        if not (least <= value < np.inf and value != -np.inf):
             raise ValueError(f"{name} must be finite counts, at least {least}, got {value!r}")
-    if not saturation > 0:
-        raise ValueError(f"saturation must be positive, got {saturation!r}")
-    settings = {name: value for name, value in known.items() if value is not None}
-
-    def see(frames: np.ndarray, width: np.ndarray, saturation: np.ndarray) -> Observation:
-        return _observe(frames, width, saturation, settings)
-
+    for name, value in {"saturation": saturation, "gain": 1.0 if gain is None else gain}.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
     size = frames_per_block(y.shape[1:])
-    return in_blocks(see, y, width.astype(np.float32), np.float32(saturation), size=size)
+    return in_blocks(_observe, y, told | {"saturation": np.float32(saturation)}, size=size)
 
 
 @jax.jit
-def _observe(
-    frames: jax.Array, width: jax.Array, saturation: jax.Array, settings: dict[str, float]
-) -> Observation:
-    return observe(frames, sigma=width, saturation=saturation, **settings)
+def _observe(frames: jax.Array, sensor: dict[str, float]) -> Observation:
+    return observe(frames, **sensor)

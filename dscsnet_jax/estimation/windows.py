@@ -2,19 +2,21 @@
 
 Targets further apart than their PSFs reach do not disturb each other's fit. So a frame of
 any size becomes a few small windows with few targets, of a few fixed shapes, and the cost
-grows with the number of targets. What a window sees of other groups is subtracted.
+grows with the number of targets. What a window sees of other groups is told to it as the light
+of neighbours.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
-from dscsnet_jax.estimation.observe import Observation
+from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.targets import Targets, from_arrays, no_targets
 
@@ -36,13 +38,11 @@ class Windows(NamedTuple):
 
     Attributes:
       frame: (W,) number of the frame each was cut from.
-      origin: (W, 2) row and col of its first pixel in that frame.
       observation: its pixels, `Observation` of (W, P, P).
       targets: `Targets` (W, K, ...), positions within the window.
     """
 
     frame: np.ndarray
-    origin: np.ndarray
     observation: Observation
     targets: Targets
 
@@ -70,8 +70,9 @@ def cut(
     targets: Targets,
     shapes: tuple[Shape, ...],
     *,
-    spare: int = 0,
-    sigma: float | None = None,
+    sigma: np.ndarray,
+    widest: float | None = None,
+    num_free_slots: int = 0,
 ) -> tuple[list[Windows], np.ndarray]:
     """Cut the groups of each frame's targets out as windows.
 
@@ -79,8 +80,9 @@ def cut(
       observation: B whole frames, NumPy arrays.
       targets: of the frames, `Targets` (B, K, ...).
       shapes: of the windows, from the smallest; a group takes the first that holds it.
-      spare: slots to be left empty.
-      sigma: width of the PSF, pixels, by which targets are grouped; default: the frames'.
+      sigma: (2,) PSF standard deviation, pixels.
+      widest: by which targets are grouped, pixels; None: the larger one of `sigma`.
+      num_free_slots: of each window, for further targets.
 
     Returns:
       The windows, one item per shape that occurs, and (B,) bool: a group did not fit
@@ -88,20 +90,19 @@ def cut(
     """
     mask = np.asarray(targets.mask, bool)
     position = np.asarray(targets.position, float)
-    if sigma is None:
-        sigma = float(np.max(observation.sigma)) if len(observation.sigma) else 1.0
-    label = _groups(position, mask, sigma, shapes, spare)
+    given = (float(np.max(sigma)) if widest is None else widest), shapes, num_free_slots
+    label = _groups(position, mask, *given)
     frame, slot = np.nonzero(mask)
     group, member = np.unique(frame * mask.shape[1] + label[frame, slot], return_inverse=True)
     group_frame = group // max(mask.shape[1], 1)
     low, high, number = _boxes(position[frame, slot], member, len(group))
-    kind, crowded = _kinds(low, high, number, sigma, shapes, spare)
+    kind, crowded = _kinds(low, high, number, *given)
     order = np.lexsort((-np.asarray(targets.intensity)[frame, slot], member))
     rank = np.empty(len(member), int)
     rank[order] = np.arange(len(member)) - np.searchsorted(member[order], member[order])
     truncated = np.zeros(len(mask), bool)
     truncated[group_frame[crowded]] = True
-    source = frame_sources(observation, targets)
+    source = frame_sources(targets, sigma, observation.counts)
     found = []
     for index, shape in enumerate(shapes):
         chosen = np.flatnonzero(kind == index)
@@ -111,7 +112,7 @@ def cut(
         origin = _inside(middle - shape.side // 2, observation.counts.shape[1:], shape.side)
         number_of = np.full(len(group), -1)
         number_of[chosen] = np.arange(len(chosen))
-        inside = (number_of[member] >= 0) & (rank < shape.slots - spare)
+        inside = (number_of[member] >= 0) & (rank < shape.slots - num_free_slots)
         window, place = number_of[member[inside]], rank[inside]
         table = np.zeros((len(chosen), shape.slots, 3), np.asarray(targets.intensity).dtype)
         picked = position[frame[inside], slot[inside]] - origin[window]
@@ -120,8 +121,9 @@ def cut(
         present = np.zeros(table.shape[:2], bool)
         present[window, place] = True
         local = from_arrays(table[..., :2], table[..., 2], present)
-        seen = _pixels(observation, source, group_frame[chosen], origin, shape.side, local)
-        found.append(Windows(group_frame[chosen], origin, seen, local))
+        seen = _pixels(observation, source, group_frame[chosen], origin, shape.side)
+        seen = _with_neighbours(seen, frame_sources(local, sigma, seen.counts))
+        found.append(Windows(group_frame[chosen], seen, local))
     return found, truncated
 
 
@@ -144,7 +146,7 @@ def join(
     columns: list[list[np.ndarray]] = [[], [], []]
     for windows, targets, values in parts:
         window, slot = np.nonzero(targets.mask)
-        table = np.asarray(targets.position)[window, slot] + windows.origin[window]
+        table = np.asarray(targets.position)[window, slot] + windows.observation.origin[window]
         columns[0].append(windows.frame[window])
         columns[1].append(table)
         columns[2].append(np.asarray(targets.intensity)[window, slot])
@@ -172,31 +174,28 @@ def join(
     return targets, [padded(column) for column in flat[3:]], truncated
 
 
-@jax.jit
-def _render(frames: tuple[Observation, Targets]) -> jax.Array:
-    observation, targets = frames
-
-    def one(seen: Observation, some: Targets) -> jax.Array:
-        rows, cols = seen.counts.shape
-        return optics.render(some, frame_size=(rows, cols), sigma=seen.sigma)
-
-    return jax.vmap(one)(observation, targets)
-
-
-def frame_sources(observation: Observation, targets: Targets) -> np.ndarray:
-    """Expected counts (B, N, M) of all targets of each frame, without the background."""
-    dtype = observation.counts.dtype
+def frame_sources(targets: Targets, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Expected counts of all targets of each frame, in the shape (B, N, M) and type of `like`."""
     cast = from_arrays(
-        np.asarray(targets.position, dtype),
-        np.asarray(targets.intensity, dtype),
+        np.asarray(targets.position, like.dtype),
+        np.asarray(targets.intensity, like.dtype),
         np.asarray(targets.mask),
     )
-    size = frames_per_block(observation.counts.shape[1:])
-    return in_blocks(_render, (observation, cast), size=size)
+    render = partial(_render, frame_size=like.shape[1:])
+    return in_blocks(render, cast, sigma, size=frames_per_block(like.shape[1:]))
+
+
+@partial(jax.jit, static_argnames="frame_size")
+def _render(targets: Targets, sigma: jax.Array, *, frame_size: tuple[int, int]) -> jax.Array:
+    return optics.render(targets, frame_size=frame_size, sigma=sigma)
 
 
 def _groups(
-    position: np.ndarray, mask: np.ndarray, sigma: float, shapes: tuple[Shape, ...], spare: int
+    position: np.ndarray,
+    mask: np.ndarray,
+    sigma: float,
+    shapes: tuple[Shape, ...],
+    num_free_slots: int,
 ) -> np.ndarray:
     """(B, K) number of the group of each target: the slot of its first member.
 
@@ -207,17 +206,17 @@ def _groups(
     both = mask[:, :, None] & mask[:, None, :]
     link = _LINK * sigma + 1
     label = np.broadcast_to(np.arange(slots), mask.shape).copy()
-    settled = ~mask
+    done = ~mask
     for _ in range(_LINK_LEVELS):
-        if settled.all():
+        if done.all():
             break
-        part = _connected(both & (apart <= link) & ~settled[:, :, None] & ~settled[:, None, :])
-        label = np.where(settled, label, part)
-        frame, slot = np.nonzero(~settled)
+        part = _connected(both & (apart <= link) & ~done[:, :, None] & ~done[:, None, :])
+        label = np.where(done, label, part)
+        frame, slot = np.nonzero(~done)
         group, member = np.unique(frame * slots + label[frame, slot], return_inverse=True)
         low, high, number = _boxes(position[frame, slot], member, len(group))
-        crowded = _kinds(low, high, number, sigma, shapes, spare)[1]
-        settled[frame, slot] = ~crowded[member]
+        crowded = _kinds(low, high, number, sigma, shapes, num_free_slots)[1]
+        done[frame, slot] = ~crowded[member]
         link = link * _LINK_STEP
     return label
 
@@ -250,14 +249,14 @@ def _kinds(
     number: np.ndarray,
     sigma: float,
     shapes: tuple[Shape, ...],
-    spare: int,
+    num_free_slots: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first shape (G,) that holds each group, else the last; and where none does."""
     extent = (high - low).max(-1, initial=0)
     room = [shape.side - 2 * _REACH * sigma for shape in shapes]
     holds = np.stack(
         [
-            (extent <= most) & (number <= shape.slots - spare)
+            (extent <= most) & (number <= shape.slots - num_free_slots)
             for most, shape in zip(room, shapes, strict=True)
         ]
     )
@@ -272,31 +271,34 @@ def _inside(origin: np.ndarray, frame_shape: tuple[int, ...], side: int) -> np.n
 
 
 def _pixels(
-    observation: Observation,
-    source: np.ndarray,
-    frame: np.ndarray,
-    origin: np.ndarray,
-    side: int,
-    local: Targets,
+    observation: Observation, source: np.ndarray, frame: np.ndarray, origin: np.ndarray, side: int
 ) -> Observation:
-    """The windows' pixels; those outside the frame are not valid."""
+    """The windows' pixels, with all targets as neighbours; outside the frame none is valid."""
     step = np.arange(side)
     row = origin[:, 0, None, None] + step[None, :, None]
     col = origin[:, 1, None, None] + step[None, None, :]
     rows, cols = observation.counts.shape[1:]
     inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
     at = (frame[:, None, None], row.clip(0, rows - 1), col.clip(0, cols - 1))
-    others = source[at]
-    seen = Observation(
-        counts=np.where(inside, observation.counts[at], 0),
+    zero = np.zeros((), source.dtype)
+    return Observation(
+        counts=np.where(inside, observation.counts[at], zero),
         valid=observation.valid[at] & inside,
         saturated=observation.saturated[at] & inside,
+        neighbours=np.where(inside, source[at], zero),
+        origin=origin.astype(source.dtype),
         **{
             name: getattr(observation, name)[frame]
-            for name in ("noise", "background", "background_std", "gain", "sigma")
+            for name in ("noise", "pedestal", "background", "background_std")
         },
     )
-    others = np.where(inside, others - frame_sources(seen, local), 0)
-    # A group alone in its frame must not feel the rounding of the difference.
-    others = np.where(np.abs(others) > 1e-3 * seen.noise[:, None, None], others, 0)
-    return dataclasses.replace(seen, counts=(seen.counts - others).astype(observation.counts.dtype))
+
+
+def _with_neighbours(seen: Observation, own: np.ndarray) -> Observation:
+    """The windows without their own targets (W, P, P) among the neighbours.
+
+    A group alone in its frame must not feel the rounding of the difference.
+    """
+    others = np.where(seen.valid, seen.neighbours - own, 0).astype(own.dtype)
+    tells = np.abs(others) > 1e-3 * seen.noise[:, None, None]
+    return dataclasses.replace(seen, neighbours=np.where(tells, others, 0))

@@ -16,10 +16,12 @@ import numpy as np
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import Fit
+from dscsnet_jax.inference.intensity import IntensityPrior
+from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.matched_filter import matched_filter, places
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import IntensityPrior, Known
-from dscsnet_jax.inference.scene_model import lanes_last, scene_model
+from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.scene_model import scene_model
 from dscsnet_jax.physics import limits, optics
 from dscsnet_jax.physics.targets import Targets
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import Fit, present_of, scaled
+from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, lanes_last, scene_model
+from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
 from dscsnet_jax.physics.optics import psf_sigma
 from dscsnet_jax.physics.targets import Targets
 
@@ -55,9 +56,9 @@ def _log_evidence(
 ) -> jax.Array:
     model = scene_model(observation, mask, known, censors=censors)
     at = model.quadratic(theta)
-    dimension = 3 * mask.sum() + 1
+    dimension = (3 * mask.sum() + 1).astype(theta.dtype)
     total = -at.cost - _log_determinant(theta, at.information, model) / 2
-    total = total + dimension * (np.log(2 * np.pi) / 2) + model.log_normalisation(theta)
+    total = total + dimension * float(np.log(2 * np.pi) / 2) + model.log_normalisation(theta)
     return jnp.where(_impossible(model.unpack(theta), observation), -jnp.inf, total)
 
 

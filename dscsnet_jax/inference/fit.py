@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import Quadratic, SceneModel, lanes_last, scene_model
+from dscsnet_jax.inference.scene_model import Quadratic, SceneModel, scene_model
 from dscsnet_jax.physics.targets import Targets
 
 NUM_ITERATIONS = 25
@@ -113,7 +114,8 @@ def fit(
             f"{observation.counts.shape} and {start.mask.shape}"
         )
     one = partial(_fit_one, num_iterations=num_iterations, unroll=unroll)
-    start, censors = jax.tree.map(jnp.asarray, start), observation.saturated.any()
+    observation, start = jax.tree.map(jnp.asarray, (observation, start))
+    censors = observation.saturated.any()
     return jax.vmap(one, (0, 0, None, None))(observation, start, known, censors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ _LEAST_NOISE = 1e-3
 _CLIP_BELOW, _CLIP_ABOVE, _CLIP_ROUNDS = 4.0, 2.5, 8
 _ONE_SIGMA_BELOW = 0.1587
 _MEDIAN_ERROR = 1.2533  # standard error of a median, in those of a mean
+_CLIP_AGAIN = 4.0  # standard deviations
+_LEAST_OF_FIRST = 0.5  # a fit of few pixels may leave next to nothing
 ROUNDING = 12**-0.5
 """Standard deviation of rounding to whole counts."""
 
@@ -69,15 +72,14 @@ def observe(
     The level of the sky is the median of the pixels left after clipping those more than 2.5
     standard deviations above it; the noise is the distance from there to the 16th
     percentile, which targets do not touch. Frames of whole counts have at least the
-    noise of rounding, 1/sqrt(12). An estimated level is photons if a gain is told and no
-    pedestal, the rest above a pedestal that is told, and pedestal where no gain is told.
+    noise of rounding, 1/sqrt(12). Where no background is told, it is the level above the
+    pedestal: all of it without one.
 
     Args:
       frames: (B, N, M) recorded counts.
       noise: standard deviation of read noise (and other noise but shot noise and
         rounding), counts, a number or (B,); None: estimated.
-      pedestal: electronic offset, counts, a number or (B,); None: 0 if a background or a
-        gain is told, else all of the level.
+      pedestal: electronic offset, counts, a number or (B,); None: 0.
       background: photon background, counts, a number or (B,); None: estimated, with its
         error.
       saturation: saturation level, counts; pixels there are censored.
@@ -106,12 +108,8 @@ def observe(
     level, spread = jax.vmap(_clipped)(frames.reshape(length, -1), valid.reshape(length, -1))
     num = jnp.maximum(valid.sum((-2, -1)), 1)
     least = _LEAST_NOISE * jnp.abs(frames - level[:, None, None]).max((-2, -1))
-    if background is None and pedestal is not None:
-        offset, photons = per_frame(pedestal), level - per_frame(pedestal)
-    elif background is None:
-        offset, photons = (level, 0 * level) if gain is None else (0 * level, level)
-    else:
-        offset, photons = per_frame(0 if pedestal is None else pedestal), per_frame(background)
+    offset = per_frame(0 if pedestal is None else pedestal)
+    photons = level - offset if background is None else per_frame(background)
     shot = 0 * level if gain is None else jnp.maximum(photons, 0) / per_frame(gain)
     if noise is None:
         total = jnp.maximum(jnp.maximum(spread, rounding), least)
@@ -133,6 +131,65 @@ def observe(
         pedestal=offset,
         background=photons,
         background_std=jnp.zeros_like(level) if background is not None else error,
+    )
+
+
+def remeasured(
+    seen: Observation, source: jax.Array, num_targets: jax.Array, gain: ArrayLike | None = None
+) -> Observation:
+    """Noise and level measured once more, with all targets subtracted; what is told stays.
+
+    Without targets to be afraid of, all pixels within four standard deviations of a first
+    measurement are used, less three for each target, which its fit has used up.
+
+    Args:
+      seen: `Observation` of (B, N, M), whose noise was estimated.
+      source: (B, N, M) expected counts of the targets.
+      num_targets: (B,) how many there are.
+      gain: electrons per count of the shot noise; None: none.
+
+    Returns:
+      The `Observation` with another noise and, where the background was estimated, another
+      background.
+
+    Example:
+      >>> y = 10 + 2 * jax.random.normal(jax.random.key(0), (1, 64, 64))
+      >>> again = remeasured(observe(y), jnp.zeros_like(y), jnp.zeros(1))
+      >>> round(float(again.background[0]), 1), round(float(again.noise[0]), 1)
+      (10.0, 2.0)
+    """
+    length, dtype = seen.counts.shape[0], seen.counts.dtype
+    used = seen.valid & ~seen.saturated
+    left = jnp.where(used, seen.counts - seen.neighbours - source, 0)
+    first = observe(left, valid=used)
+    off = jnp.abs(left - first.background[:, None, None])
+    near = used & (off <= _CLIP_AGAIN * first.noise[:, None, None])
+    number = jnp.maximum(near.sum((1, 2)), 1).astype(dtype)
+    freedom = jnp.maximum(number - 1 - 3 * num_targets, number / 2)
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(near, values, 0).sum((1, 2))
+
+    level = total(left) / number
+    square = total((left - level[:, None, None]) ** 2) / freedom
+    unknown = seen.background_std > 0
+    background = jnp.where(unknown, level - seen.pedestal, seen.background)
+    sky = shot = jnp.zeros_like(level)
+    if gain is not None:
+        electrons = _per_frame(gain, length=length, dtype=dtype)
+        light = background[:, None, None] + seen.neighbours + source
+        sky = jnp.maximum(background, 0) / electrons
+        shot = total(jnp.maximum(light, 0)) / number / electrons
+    whole = ((seen.counts == jnp.round(seen.counts)) | seen.saturated).all((1, 2))
+    least = jnp.maximum(_LEAST_OF_FIRST * seen.noise, jnp.where(whole, ROUNDING, 0).astype(dtype))
+    noise = jnp.maximum(_root(jnp.maximum(square - shot, 0)), least)
+    noise = jnp.where(noise**2 + sky > 0, noise, first.noise)
+    error = jnp.sqrt((noise**2 + sky) / number)
+    return dataclasses.replace(
+        seen,
+        noise=noise,
+        background=background,
+        background_std=jnp.where(unknown, error, 0),
     )
 
 

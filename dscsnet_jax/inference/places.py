@@ -1,4 +1,4 @@
-"""Places: the density of a cluster's places when its targets are placed one after the other.
+"""Places: the square that holds a cluster, and the density of its targets' places.
 
 A simulator that draws each target uniformly in what the ones before leave free makes
 places of density
@@ -12,12 +12,66 @@ their error is about 1 % (measured in the tests by the density's integral).
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _LATTICE = 12
 _MOST_ORDERED = 6  # targets up to which all orders are summed
+
+
+class Square(NamedTuple):
+    """The square that holds a cluster, along one axis.
+
+    Attributes:
+      place: (K, ...) rows or cols of the targets.
+      mask: (K, ...) targets present.
+      size: its side, pixels.
+      offset: it begins at some whole pixel plus this; None: at any place.
+    """
+
+    place: jax.Array
+    mask: jax.Array
+    size: Any
+    offset: Any
+
+    @property
+    def ends(self) -> tuple[jax.Array, jax.Array]:
+        """(...,) least and largest place of the targets; 0 without any."""
+        low = jnp.where(self.mask, self.place, jnp.inf).min(0)
+        high = jnp.where(self.mask, self.place, -jnp.inf).max(0)
+        some = self.mask.any(0)
+        return jnp.where(some, low, 0), jnp.where(some, high, 0)
+
+    @property
+    def room(self) -> jax.Array:
+        """(...,) length along which it may begin and hold all targets; negative: none."""
+        low, high = self.ends
+        return self.size - (high - low)
+
+    @property
+    def begin(self) -> jax.Array:
+        """(...,) where it begins if the targets are in its middle, as nearly as they can be."""
+        low, high = self.ends
+        begin = (low + high) / 2 - self.size / 2
+        return begin if self.offset is None else jnp.round(begin - self.offset) + self.offset
+
+    @property
+    def nodes(self) -> list[jax.Array]:
+        """Where it begins; of unknown place: Gauss's two nodes of all places."""
+        if self.offset is not None:
+            return [self.begin]
+        off = jnp.maximum(self.room, 0) / 12**0.5
+        return [self.begin - off, self.begin + off]
+
+    @property
+    def number(self) -> jax.Array:
+        """(...,) of the squares on whole pixels that hold all targets, at least 1."""
+        low, high = self.ends
+        number = jnp.floor(low - self.offset) - jnp.ceil(high - self.offset - self.size) + 1
+        return jnp.where(self.mask.any(0), jnp.maximum(number, 1), 1)
 
 
 def log_sequential(row: jax.Array, col: jax.Array, mask: jax.Array, reach: jax.Array) -> jax.Array:

@@ -15,26 +15,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dscsnet_jax.inference.changes import NEAR_CHANGES, NUM_CHANGES, changes, closest_pair
+from dscsnet_jax.inference.changes import NEAR_CHANGES, NUM_CHANGES, changes
+from dscsnet_jax.inference.doubt import DOUBTED, NEAR, doubt
 from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import NUM_ITERATIONS, Fit, fit
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.sampler import Posterior, sample
-from dscsnet_jax.physics.optics import psf_sigma
 from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
 _PIECE = 32  # windows that are gathered
-_UNEXPLAINED = 3.0  # standard deviations of chi square
-_DOUBTFUL_SNR = 6.0
-_DOUBTFUL_LATENT = 2.0  # standard deviations expected of fits
-_LEAST_SPREAD = 0.01  # of the prior's variance
-_CLOSE = 1.3  # PSF sigmas
-_NEAR, _DOUBTED = 1, 2  # degrees of doubt
 
 
-class Counted(NamedTuple):
+class Selected(NamedTuple):
     """Fits of B windows with their counts selected.
 
     Attributes:
@@ -87,20 +81,22 @@ def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array)
       >>> sorted(round(float(col), 1) for col in answer.posterior.targets.position[0, :2, 1])
       [2.6, 3.4]
     """
-    counted = count(windows, start, known)
-    posterior = sample(windows, counted.fit.targets, known, key)
-    return Answer(*counted, posterior)
+    selected = select(windows, start, known)
+    posterior = sample(windows, selected.fit.targets, known, key)
+    return Answer(*selected, posterior)
 
 
 def fit_windows(windows: Observation, start: Targets, known: Known) -> Fit:
     """`fit` with more iterations for the windows that need them.
 
-    Arguments as of `count`, which begins so.
+    Arguments as of `select`, which begins so.
     """
     return _search(windows, start, known, only_add=False, phases=2).trial
 
 
-def count(windows: Observation, start: Targets, known: Known, *, only_add: bool = False) -> Counted:
+def select(
+    windows: Observation, start: Targets, known: Known, *, only_add: bool = False
+) -> Selected:
     """Fit, then remove or add targets where the evidence says so.
 
     Windows whose fit the noise does not explain, or whose targets are in doubt, are compared
@@ -115,10 +111,10 @@ def count(windows: Observation, start: Targets, known: Known, *, only_add: bool 
         grows, from any start, and try nothing else: what one would write by hand.
 
     Returns:
-      `Counted`.
+      `Selected`.
     """
     state = _search(windows, start, known, only_add=only_add, phases=_DONE)
-    return Counted(state.best, state.table)
+    return Selected(state.best, state.table)
 
 
 # Phases of the search; in each some starts are fitted, for so many iterations.
@@ -177,7 +173,7 @@ def _search(
         rounds=jnp.zeros((), jnp.int32),
         starts=jax.tree.map(lambda a: jnp.repeat(a[:, None], number, 1), starts),
         reached=unknown,
-        wanted=own,
+        wanted=own & _tells(windows)[:, None],
         entered=own,
         trial=empty,
         best=empty,
@@ -228,24 +224,30 @@ def _own(state: _Search, chosen: jax.Array) -> jax.Array:
     return (jnp.arange(state.wanted.shape[1]) == 0)[None] & chosen[:, None]
 
 
-def _first(state: _Search, **_: Any) -> _Search:
+def _tells(windows: Observation) -> jax.Array:
+    """(B,) bool: a window has pixels; batches may be filled up with some that have none."""
+    return windows.valid.any((1, 2))
+
+
+def _first(state: _Search, *, windows: Observation, **_: Any) -> _Search:
     """After the first iterations: those that have not converged go on."""
-    wanted = _own(state, ~state.trial.converged)
+    wanted = _own(state, ~state.trial.converged & _tells(windows))
     return state._replace(phase=state.phase + 1, wanted=wanted)
 
 
 def _slow(state: _Search, *, windows: Observation, known: Known, only_add: bool) -> _Search:
     """All are fitted: which are in doubt?"""
     best, evidence = state.trial, state.reached[:, 0]
-    doubt = jnp.full_like(state.doubt, _DOUBTED) if only_add else _doubt(best, windows, known)
+    degree = jnp.full_like(state.doubt, DOUBTED) if only_add else doubt(best, known)
+    degree = jnp.where(_tells(windows), degree, 0)
     table = _noted(state.table, best.targets.mask[:, None], state.reached[:, :1])
     return state._replace(
         phase=state.phase + 1,
         best=best,
         evidence=evidence,
         table=table,
-        doubt=doubt,
-        todo=doubt > 0,
+        doubt=degree,
+        todo=degree > 0,
     )
 
 
@@ -257,7 +259,7 @@ def _compare(windows: Observation, known: Known, only_add: bool, state: _Search)
     wanted = other & state.todo[:, None]
     if not only_add:
         near = jnp.arange(NUM_CHANGES) >= NUM_CHANGES - NEAR_CHANGES
-        wanted &= (state.doubt[:, None] != _NEAR) | near[None]
+        wanted &= (state.doubt[:, None] != NEAR) | near[None]
     done = ~state.todo.any() | (state.rounds >= MAX_ROUNDS)
     return state._replace(
         phase=jnp.where(done, _DONE, _HEAT_ONE).astype(jnp.int32),
@@ -304,50 +306,9 @@ def _winner(state: _Search, **_: Any) -> _Search:
         best=_chosen(better, state.trial, state.best),
         evidence=jnp.where(better, reached, state.evidence),
         table=_noted(state.table, state.trial.targets.mask[:, None], reached[:, None]),
-        doubt=jnp.where(hopeful, _DOUBTED, state.doubt),
+        doubt=jnp.where(hopeful, DOUBTED, state.doubt),
         todo=better & changed,
     )
-
-
-def _doubt(best: Fit, windows: Observation, known: Known) -> jax.Array:
-    """(B,) degree of doubt: 0, or targets are near to each other, or more than that.
-
-    More is that the noise does not explain the fit, or a target may be too much or two.
-    """
-    mask, intensity = best.targets.mask, best.targets.intensity
-    freedom = jnp.maximum(best.num_pixels - 3 * mask.sum(-1), 1).astype(intensity.dtype)
-    unexplained = best.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2 * freedom)
-    weak = mask & ~(intensity > _DOUBTFUL_SNR * best.std[..., 2])
-    close = closest_pair(best.targets)[0] < _CLOSE * psf_sigma(known.sigma).mean()
-    doubted = unexplained | weak.any(-1) | ~best.converged
-    if known.prior.intensity is not None:
-        doubted |= _unlikely(best, known)
-    return jnp.where(doubted, _DOUBTED, jnp.where(close, _NEAR, 0)).astype(jnp.int32)
-
-
-def _unlikely(best: Fit, known: Known) -> jax.Array:
-    """(B,) bool: a target, or all together, brighter or fainter than the prior expects.
-
-    The fit draws `v` to 0 the more, the less the window tells: over scenes, fitted ones vary
-    by the variance of the prior, 1, less that of the posterior.
-    """
-    mask = best.targets.mask
-    v = jnp.where(mask, best.theta[:, 2:-1:3], 0)
-    slope = jnp.where(mask, known.prior.intensity.slope(v), 1)  # type: ignore[union-attr]
-    tells = mask & (slope > 0)
-    slope = jnp.where(tells, slope, 1)
-    covariance = best.covariance[:, 2::3, 2::3] / (slope[:, :, None] * slope[:, None, :])
-    both = tells[:, :, None] & tells[:, None, :] & jnp.isfinite(covariance)
-    covariance = jnp.where(both, covariance, 0)
-    number = mask.sum(-1).astype(v.dtype)
-
-    def far(off: jax.Array, prior_variance: Any, variance: jax.Array) -> jax.Array:
-        expected = jnp.maximum(prior_variance - variance, _LEAST_SPREAD * prior_variance)
-        return off**2 > _DOUBTFUL_LATENT**2 * expected
-
-    alone = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    total = far(v.sum(-1), number, covariance.sum((-2, -1)))
-    return (far(v, 1.0, alone) & tells).any(-1) | (total & tells.any(-1))
 
 
 def _rows(tree: Any, index: jax.Array) -> Any:

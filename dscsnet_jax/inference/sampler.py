@@ -1,8 +1,10 @@
 """Sampler: average over all scenes that explain a window, instead of the best one.
 
-Metropolis chains, several a window, started around the fit and shaped by its covariance,
-whose length is tuned in a burn-in. The maximum is a poor answer where the posterior is broad
-or cut off by the prior; its mean has the least squared error, and its spread is the error.
+Metropolis chains, several a window, started around the fit. Their steps have the shape of its
+covariance at first, then more and more that of the samples so far, whose length is tuned (an
+adaptation that dies out: Haario, Saksman and Tamminen 2001). The maximum is a poor answer where
+the posterior is broad or cut off by the prior; its mean has the least squared error, and its
+spread is the error. Windows whose chains disagree go on for longer turns.
 
 Windows run along the last axis, the vector lanes of the processor. They share uniform random
 numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
@@ -13,20 +15,27 @@ one, the streams of two windows are independent, and no answer depends on its ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import present_of, scaled
+from dscsnet_jax.inference.lanes import lanes_last
+from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, kind_of, propose
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import HARD, SceneModel, lanes_last, scene_model, sum_of
-from dscsnet_jax.inference.summary import Posterior, is_numbered, numbered, sorted_out, summarise
+from dscsnet_jax.inference.scene_model import HARD, SceneModel, scene_model
+from dscsnet_jax.inference.summary import (
+    Posterior,
+    is_numbered,
+    nothing,
+    numbered,
+    sorted_out,
+    summarise,
+)
 from dscsnet_jax.physics.targets import Targets
 
 NUM_CHAINS = 4
@@ -35,12 +44,9 @@ NUM_SAMPLES = 64
 THINNING = 24
 _ACCEPTANCE = 0.25
 _PIECE = 32  # windows that run together
-_TIMES = (1, 4, 16)  # as many steps in each turn of a window whose chains disagree
-# Shares of the moves, in the order of `_propose`.
-_MOVES = (0.5, 0.1, 0.05, 0.15, 0.2)
-_LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
-_WALK = 0
+_TIMES = (1, 2, 4, 8)  # as many steps in each turn of a window whose chains disagree
 _RIDGE = 1e-4  # of samples that are all alike
+_FIRST_WEIGHT, _LEARN_EVERY = 8.0, 4  # samples that the covariance of the fit is worth; rounds
 
 
 @lanes_last
@@ -68,7 +74,7 @@ def sample(
       known: PSF, gain and scene prior.
       key: PRNG key.
       num_chains: per window, at least 2.
-      num_burn_in: rounds before, in which the length of the steps is tuned.
+      num_burn_in: rounds before, for the chains to forget their start.
       num_samples: rounds that are kept, one sample each, of every chain.
       thinning: steps of a round.
       width_slope: compute `Posterior.width_slope`.
@@ -92,6 +98,7 @@ def sample(
 
     References:
       G. O. Roberts, A. Gelman, W. R. Gilks, Ann. Appl. Probab. 7 (1997) 110 (scaling);
+      H. Haario, E. Saksman, J. Tamminen, Bernoulli 7 (2001) 223 (adaptation);
       J. S. Liu, Monte Carlo Strategies in Scientific Computing, 2001 (surrogate transitions);
       R. Cranley, T. N. L. Patterson, SIAM J. Numer. Anal. 13 (1976) 904.
     """
@@ -110,6 +117,7 @@ def sample(
         shared=jax.random.fold_in(key, 1),
         num_burn_in=num_burn_in,
         num_samples=num_samples,
+        thinning=thinning,
         width_slope=width_slope,
     )
     times = jnp.asarray(_TIMES, jnp.int32)
@@ -119,7 +127,7 @@ def sample(
         turn = loop.turn.min()
         index = jnp.nonzero(loop.turn == turn, size=size, fill_value=length)[0]
         some = jax.tree.map(lambda a: a.at[index].get(mode="clip"), (given, loop.chains))
-        new = run(*some, thinning=thinning * times[turn], turn=turn)
+        new = run(*some, times=times[turn], turn=turn)
         answer, chains = jax.tree.map(
             lambda a, b: a.at[index].set(b, mode="drop"), (loop.answer, loop.chains), new
         )
@@ -127,9 +135,9 @@ def sample(
         return _Loop(loop.turn.at[index].set(after, mode="drop"), answer, chains)
 
     chains = _start(windows, start, known, keys, num_chains)
-    shapes = jax.eval_shape(lambda: run(given, chains, thinning=1, turn=0))[0]
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    loop = _Loop(jnp.zeros(length, jnp.int32), empty, chains)
+    shapes = jax.eval_shape(lambda: run(given, chains, times=1, turn=0))[0]
+    first = jnp.where(start.mask.any(1), 0, len(_TIMES)).astype(jnp.int32)
+    loop = _Loop(first, nothing(shapes), chains)
     return jax.lax.while_loop(lambda loop: loop.turn.min() < len(_TIMES), piece, loop).answer
 
 
@@ -158,11 +166,20 @@ class _Loop(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Places (3K+1, chains, L), log density there, log length of steps (L,)."""
+    """Where chains stand and how they step.
+
+    Places (3K+1, chains, L), log density there and that of the places against joint draws; of
+    the steps log length (L,) and root of the covariance (3K+1, 3K+1, L); mean (3K+1, L) and
+    covariance of the places so far.
+    """
 
     theta: jax.Array
     density: jax.Array
+    log_places: jax.Array
     log_length: jax.Array
+    root: jax.Array
+    mean: jax.Array
+    covariance: jax.Array
 
 
 def _stream(key: jax.Array, window: Observation) -> jax.Array:
@@ -219,7 +236,8 @@ def _run(
     shared: jax.Array,
     num_burn_in: int,
     num_samples: int,
-    thinning: int | jax.Array,
+    thinning: int,
+    times: int | jax.Array,
     width_slope: bool,
     turn: int | jax.Array,
 ) -> tuple[Posterior, _Chains]:
@@ -255,44 +273,64 @@ def _run(
         """Steps that keep the joint density, then accepted as one for the places' own."""
         key = jax.random.fold_in(jax.random.fold_in(shared, turn), number)
         own = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, turn), number))(keys)
-        draw = partial(jax.random.uniform, shape=(size + 5, num_chains), dtype=theta.dtype)
-        shift = jnp.moveaxis(jax.vmap(draw)(own), 0, -1)
-        learning = jnp.where(number < num_burn_in, jax.lax.rsqrt(1 + number.astype(theta.dtype)), 0)
+        draw = partial(jax.random.uniform, dtype=theta.dtype)
+        numbers = (size + NUM_FURTHER + 2, num_chains)
+        shift = jnp.moveaxis(jax.vmap(partial(draw, shape=numbers))(own), 0, -1)
+        learning = jax.lax.rsqrt(1 + number.astype(theta.dtype))
 
-        def step(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        def step(carry: tuple[_State, jax.Array], drawn: jax.Array) -> tuple[tuple, None]:
             state, taken = carry
-            step_key = jax.random.fold_in(key, i)
-            kind_key, own_key = jax.random.split(step_key)
-            kind = _kind(jax.random.uniform(kind_key, (), theta.dtype))
-            u = draw(own_key)[..., None] + shift
+            kind = kind_of(drawn[0, 0])
+            u = drawn[1:, :, None] + shift
             u = u - (u >= 1)
-            proposed = _propose(state, model, fitted, root, kind, u)
+            root = jnp.exp(state.log_length) * state.root
+            proposed = propose(state.theta, root, model, fitted, kind, u)
             new = density(proposed)
             share = jnp.exp(jnp.minimum(new - state.density, 0))
             accepted = u[-1] < share
             rate = share.mean(0)
-            tune = jnp.where(kind == _WALK, learning, 0) * (rate - _ACCEPTANCE)
-            moved = _State(
-                jnp.where(accepted, proposed, state.theta),
-                jnp.where(accepted, new, state.density),
-                state.log_length + tune,
+            tune = jnp.where(kind == WALK, learning, 0) * (rate - _ACCEPTANCE)
+            moved = state._replace(
+                theta=jnp.where(accepted, proposed, state.theta),
+                density=jnp.where(accepted, new, state.density),
+                log_length=state.log_length + tune,
             )
-            return moved, taken + rate
+            return (moved, taken + rate), None
+
+        def steps(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+            drawn = draw(jax.random.fold_in(key, i), (thinning, 1 + numbers[0], num_chains))
+            return jax.lax.scan(step, carry, drawn)[0]
 
         taken = jnp.zeros_like(state.log_length)
-        new, taken = jax.lax.fori_loop(0, thinning, step, (state, taken))
+        new, taken = jax.lax.fori_loop(0, times, steps, (state, taken))
         if sequential:
-            gain = model.log_places(new.theta) - model.log_places(state.theta)
-            accepted = shift[-2] < jnp.exp(jnp.minimum(gain, 0))
-            new = _State(
-                jnp.where(accepted, new.theta, state.theta),
-                jnp.where(accepted, new.density, state.density),
-                new.log_length,
+            log_places = model.log_places(new.theta)
+            accepted = shift[-2] < jnp.exp(jnp.minimum(log_places - state.log_places, 0))
+            new = new._replace(
+                theta=jnp.where(accepted, new.theta, state.theta),
+                density=jnp.where(accepted, new.density, state.density),
+                log_places=jnp.where(accepted, log_places, state.log_places),
             )
-        return new, (new.theta, taken / thinning, slope(new.theta))
+        new = _learned(new, number)
+        return new, (new.theta, taken / (thinning * times), slope(new.theta))
+
+    def _learned(state: _State, number: jax.Array) -> _State:
+        """The covariance of the places so far shapes the steps."""
+        weight = _FIRST_WEIGHT + num_chains * (number + 1).astype(theta.dtype)
+        off = state.theta - state.mean[:, None]
+        mean = state.mean + off.sum(1) / weight
+        square = (off[:, None] * (state.theta - mean[:, None])[None]).sum(2)
+        covariance = state.covariance + (square - num_chains * state.covariance) / weight
+        state = state._replace(mean=mean, covariance=covariance)
+        again = (number + 1) % _LEARN_EVERY == 0
+        root = partial(_roots, covariance, mask)
+        return state._replace(root=jax.lax.cond(again, root, lambda: state.root))
 
     theta = numbered(theta, fitted, mask)
-    state = _State(theta, density(theta), chains.log_length)
+    covariance = jnp.einsum("pql,rql->prl", root[:, :, 0], root[:, :, 0], precision="highest")
+    first = density(theta)
+    places = model.log_places(theta) if sequential else jnp.zeros_like(first)
+    state = _State(theta, first, places, chains.log_length, root[:, :, 0], fitted[:, 0], covariance)
     rounds = jnp.arange(num_burn_in + num_samples, dtype=jnp.int32)
     state, kept = jax.lax.scan(one_round, state, rounds)
     samples, rate, slopes = (a[num_burn_in:] for a in kept)
@@ -311,7 +349,14 @@ def _adapted(
 ) -> _Chains:
     """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
     off = samples - samples.mean(0)
-    covariance = jnp.einsum("spl,sql->lpq", off, off, precision="highest") / len(samples)
+    covariance = jnp.einsum("spl,sql->pql", off, off, precision="highest") / len(samples)
+    last = jnp.moveaxis(samples[-chains.theta.shape[1] :], -1, 0)
+    root = jnp.moveaxis(_roots(covariance, mask.T[:, None]), -1, 0)
+    return chains._replace(theta=last, root=root, log_length=log_length)
+
+
+def _roots(covariance: jax.Array, mask: jax.Array) -> jax.Array:
+    """(3K+1, 3K+1, L) roots of covariances, slightly drawn to their diagonals."""
 
     def one(covariance: jax.Array, mask: jax.Array) -> jax.Array:
         unit, scale = scaled(covariance, present_of(mask))
@@ -319,87 +364,4 @@ def _adapted(
         ridge = _RIDGE * jnp.eye(len(unit), dtype=unit.dtype)
         return spd.cholesky((unit + ridge) / (1 + _RIDGE)) * wide[:, None]
 
-    root = jax.vmap(one)(covariance, mask)
-    last = jnp.moveaxis(samples[-chains.theta.shape[1] :], -1, 0)
-    return chains._replace(theta=last, root=root, log_length=log_length)
-
-
-def _kind(u: jax.Array) -> jax.Array:
-    """Which move; chosen at random, so that any number of moves in turn is reversible."""
-    return (u >= jnp.asarray(np.cumsum(_MOVES)[:-1], u.dtype)).sum(dtype=jnp.int32)
-
-
-def _propose(
-    state: _State,
-    model: SceneModel,
-    fitted: jax.Array,
-    root: jax.Array,
-    kind: jax.Array,
-    u: jax.Array,
-) -> jax.Array:
-    """A symmetric proposal (3K+1, chains, L) of one kind, from uniform numbers.
-
-    All parameters at once; the cluster rotated or reflected about its centre of energy, which
-    makes blends that look alike; the intensities of two targets exchanged; one target over
-    lengths of many scales; two targets with their centre of energy held.
-    """
-    theta, mask = state.theta, model.mask
-    size = theta.shape[0]
-    centred = (u[:size] - 0.5) * 12**0.5
-
-    def walk() -> jax.Array:
-        stride = sum_of(root[:, q] * centred[q][None] for q in range(size))
-        return model.mirrored(theta + jnp.exp(state.log_length) * stride, theta)
-
-    def rotate() -> jax.Array:
-        energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
-        turned = _rotated(theta, energy, mask, 2 * np.pi * u[size + 2], u[size + 1] < 0.5)
-        return numbered(turned, fitted, mask)
-
-    def exchange() -> jax.Array:
-        v = theta[2:-1:3]
-        picked, second = (_one_of(u[size + i], mask) for i in (0, 1))
-        first, other = (jnp.where(p, v, 0).sum(0) for p in (picked, second))
-        swapped = jnp.where(picked, other, jnp.where(second, first, v))
-        return theta.at[2:-1:3].set(swapped)
-
-    def apart(both: bool) -> jax.Array:
-        first, second = (_one_of(u[size + i], mask) for i in (0, 1))
-        energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
-        own, other = ((energy * of).sum(0) for of in (first, second))
-        total = jnp.where(own + other > 0, own + other, 1)
-        share = first.astype(theta.dtype)
-        if both:
-            share = jnp.where(first, other / total, 0) - jnp.where(second, own / total, 0)
-        low, high = _LENGTHS
-        angle, length = 2 * np.pi * u[0], low * (high / low) ** u[size + 2]
-        off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
-        off = (off * length).reshape(-1, *off.shape[2:])
-        return numbered(theta.at[:-1].add(off), fitted, mask)
-
-    moves: list[Callable[[], jax.Array]] = [walk, rotate, exchange, partial(apart, False)]
-    moves.append(partial(apart, True))
-    return jax.lax.switch(kind, moves)
-
-
-def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:
-    """(K, chains, L) bool: one of the targets present, by a uniform number."""
-    index = jnp.floor(u * mask.sum(0))
-    return mask & (jnp.cumsum(mask, axis=0) - 1 == index)
-
-
-def _rotated(
-    theta: jax.Array, energy: jax.Array, mask: jax.Array, angle: jax.Array, mirror: jax.Array
-) -> jax.Array:
-    """The targets rotated, or reflected, about their centre of energy, which stays."""
-    row, col, v = (theta[axis:-1:3] for axis in range(3))
-    total = energy.sum(0)
-    total = jnp.where(total > 0, total, 1)
-    row_off = row - (energy * row).sum(0) / total
-    col_off = col - (energy * col).sum(0) / total
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    sign = jnp.where(mirror, -1, 1)
-    new_row = row - row_off + cosine * row_off - sign * sine * col_off
-    new_col = col - col_off + sine * row_off + sign * cosine * col_off
-    table = jnp.stack([jnp.where(mask, new_row, row), jnp.where(mask, new_col, col), v], 1)
-    return jnp.concatenate([table.reshape(-1, *table.shape[2:]), theta[-1:]])
+    return jax.vmap(one, in_axes=-1, out_axes=-1)(covariance, mask[:, 0])

@@ -17,18 +17,18 @@ further axes behind: none for one window, chains and windows for the sampler.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import log_ndtr, ndtr
+from jax.scipy.special import ndtr
 
+from dscsnet_jax.inference import pixels
+from dscsnet_jax.inference.lanes import sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.places import log_sequential
+from dscsnet_jax.inference.places import Square, log_sequential
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.limits import point_response_derivative
 from dscsnet_jax.physics.optics import point_response, psf_sigma
@@ -39,7 +39,6 @@ SOFT, HARD = 0.03, 0.0005
 MARGIN = 0.5
 """Pixels beyond the border of a window where a target may still be."""
 _LOG_ROOT_2PI = 0.5 * float(np.log(2 * np.pi))
-_FAR_UP = 12.0  # standard deviations
 
 
 class Quadratic(NamedTuple):
@@ -72,17 +71,6 @@ class Residuals(NamedTuple):
     value: jax.Array
     jacobian: jax.Array
     pixels: jax.Array
-
-
-class Pixels(NamedTuple):
-    """Log likelihood (N, M, ...) of pixels, its derivative by `mu`, and their information.
-
-    Variances are in those of a pixel without targets; `SceneModel.log_scale` is the rest.
-    """
-
-    value: jax.Array
-    slope: jax.Array
-    information: jax.Array
 
 
 @flax.struct.dataclass
@@ -145,21 +133,18 @@ class SceneModel:
 
     def log_likelihood(self, theta: jax.Array) -> jax.Array:
         """(...,) log likelihood of the pixels, without `-1/2 log 2 pi` each."""
-        return _sum(_sum(self._pixels(self.source(theta), theta[-1]).value)) + self.log_scale()
-
-    def log_scale(self) -> jax.Array:
-        """(...,) log likelihood that no target changes: `-log` of the noise, of every pixel."""
-        tells = (self.seen.valid & ~self.seen.saturated).sum((0, 1))
-        return -tells * jnp.log(pixel_std(self.seen, self.known.gain))
+        given = self.seen, self.known.gain
+        total = pixels.log_likelihood(*given, self.censors, self.source(theta), theta[-1])
+        return total + pixels.log_scale(*given)
 
     def log_prior(self, theta: jax.Array) -> jax.Array:
         """(...,) log prior of `theta` up to a constant of each count, places drawn jointly.
 
         Limits are steep walls, so that a start beyond them finds its way in.
         """
-        total = -sum_of(_sum(row**2) for row in self._prior_rows(theta)) / 2
+        total = -sum_of(sum_leading(row**2) for row in self._prior_rows(theta)) / 2
         room = self._room(theta)
-        return total if room is None else total + _sum(jnp.log(room))
+        return total if room is None else total + sum_leading(jnp.log(room))
 
     def log_places(self, theta: jax.Array) -> jax.Array:
         """(...,) log of the places' density against that of joint draws without a separation."""
@@ -173,7 +158,7 @@ class SceneModel:
         if prior.places == "joint":
             table = jnp.stack([jnp.asarray(s, row.dtype) for s in prior.log_free_share])
             return -table[jnp.minimum(number, len(prior.log_free_share) - 1)]
-        rows, cols = (self._begins(place) for place in (row, col))
+        rows, cols = (self._square(place).nodes for place in (row, col))
         size = prior.cluster_size
         in_square = [
             log_sequential((row - r) / size, (col - c) / size, self.mask, prior.separation / size)
@@ -198,7 +183,7 @@ class SceneModel:
             total = total - jnp.where(number > 0, log_area, 0)
             total = total - 2 * number * jnp.log(jnp.asarray(prior.cluster_size, theta.dtype))
             if prior.cluster_offset is not None:
-                total = total + _sum(jnp.log(jnp.stack([self._squares(p) for p in (row, col)])))
+                total = total + sum_of(jnp.log(self._square(p).number) for p in (row, col))
         if prior.intensity is not None and not self.uniform:  # else `v` is uniform up to 1
             total = total - number * _LOG_ROOT_2PI
         if prior.count is not None:
@@ -215,12 +200,7 @@ class SceneModel:
 
     def variance(self, source: jax.Array, t: jax.Array | float = 0.0) -> tuple[jax.Array, Any]:
         """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`."""
-        seen, gain = self.seen, self.known.gain
-        if gain is None:
-            return jnp.broadcast_to(seen.noise**2, source.shape), 0.0
-        photons = seen.background + seen.background_std * t + seen.neighbours + source
-        slope = jnp.where(photons > 0, 1 / jnp.asarray(gain, source.dtype), 0)
-        return seen.noise**2 + photons * slope, slope
+        return pixels.variance(self.seen, self.known.gain, source, t)
 
     def quadratic(self, theta: jax.Array) -> Quadratic:
         """Cost, gradient and information at `theta` of one window."""
@@ -236,20 +216,23 @@ class SceneModel:
             gradient = gradient - by_room.sum(0)
             information = information + _product("rp,rq->pq", by_room, by_room)
         total = jnp.concatenate(terms)
-        return Quadratic(total.sum() - self.log_scale(), gradient, information, total)
+        return Quadratic(
+            total.sum() - pixels.log_scale(self.seen, self.known.gain), gradient, information, total
+        )
 
     def residuals(self, theta: jax.Array) -> Residuals:
         """Residuals of one window's pixels and prior, weighed by their information."""
-        pixels = self._pixels(self.source(theta), theta[-1])
-        tells = pixels.information > 0
-        root = jnp.where(tells, jnp.sqrt(jnp.where(tells, pixels.information, 1)), 0)
-        value = -pixels.slope / jnp.where(tells, root, 1)
+        given = self.seen, self.known.gain, self.censors
+        seen = pixels.likelihoods(*given, self.source(theta), theta[-1])
+        tells = seen.information > 0
+        root = jnp.where(tells, jnp.sqrt(jnp.where(tells, seen.information, 1)), 0)
+        value = -seen.slope / jnp.where(tells, root, 1)
         columns = (self.jacobian(theta) * root).reshape(len(theta), -1).T
         prior, by_theta = _with_jacobian(lambda at: jnp.concatenate(self._prior_rows(at)), theta)
         return Residuals(
             jnp.concatenate([value.reshape(-1), prior]),
             jnp.concatenate([columns, by_theta]),
-            pixels.value.reshape(-1),
+            seen.value.reshape(-1),
         )
 
     def jacobian(self, theta: jax.Array) -> jax.Array:
@@ -282,7 +265,7 @@ class SceneModel:
         if self.uniform and prior.intensity is not None:
             v = _folded(v)
         if prior.cluster_offset is not None:
-            size, begins = prior.cluster_size, map(self._square_begin, _parts(at)[:2])
+            size, begins = prior.cluster_size, [self._square(p).begin for p in _parts(at)[:2]]
             row, col = (
                 begin + size * _folded((place - begin) / size)
                 for place, begin in zip((row, col), begins, strict=True)
@@ -296,36 +279,13 @@ class SceneModel:
         in_row = point_response(row, shape[0], sigma[0], axis=0)
         return in_row, point_response(col, shape[1], sigma[1], axis=0)
 
-    def _pixels(self, source: jax.Array, t: jax.Array) -> Pixels:
-        seen = self.seen
-        variance, slope = self.variance(source, t)
-        sd = jnp.sqrt(variance)
-        residual = (
-            seen.counts - seen.neighbours - source - (seen.level + seen.background_std * t)
-        ) / sd
-        value = -(residual**2 + jnp.log(variance / pixel_std(seen, self.known.gain) ** 2)) / 2
-        by_mu = residual / sd + (residual**2 - 1) * slope / variance / 2
-        information = 1 / variance + (slope / variance) ** 2 / 2
-        censored = jax.lax.cond(self.censors, log_ndtr, jnp.zeros_like, -residual)
-        by_sd = 1 / sd + residual * slope / variance / 2
-        mills, excess = _mills(residual, censored)
-
-        def choose(saturated: jax.Array, otherwise: jax.Array) -> jax.Array:
-            return jnp.where(seen.valid, jnp.where(seen.saturated, saturated, otherwise), 0)
-
-        return Pixels(
-            choose(censored, value),
-            choose(mills * by_sd, by_mu),
-            choose(mills * excess * by_sd**2, information),
-        )
-
     def _prior_rows(self, theta: jax.Array) -> list[jax.Array]:
         """Residuals (R, ...) of the prior: half their squares is minus its logarithm."""
         row, col, v, t = _parts(theta)
         prior, mask = self.known.prior, self.mask
         off = v
         if prior.intensity is None:
-            off = jnp.maximum(-self.intensity(v), 0) / pixel_std(self.seen, self.known.gain)
+            off = jnp.maximum(-self.intensity(v), 0) / pixels.pixel_std(self.seen, self.known.gain)
         elif self.uniform:
             off = jnp.maximum(jnp.maximum(-v, v - 1), 0) / self.softness
         rows = [jnp.where(mask, off, 0), t[None]]
@@ -339,12 +299,12 @@ class SceneModel:
             rows.append(self._wall(prior.separation - apart, mask[step:] & mask[:-step]))
         if prior.cluster_offset is not None:
             for place in (row, col):
-                begin = jax.lax.stop_gradient(self._square_begin(place))
+                begin = jax.lax.stop_gradient(self._square(place).begin)
                 outside = jnp.maximum(begin - place, place - (begin + prior.cluster_size))
                 rows.append(self._wall(outside, mask))
         elif prior.cluster_size is not None:
-            beyond = jnp.stack([self._spread(place) for place in (row, col)]) - prior.cluster_size
-            rows.append(self._wall(beyond + self.softness, jnp.array(True)))
+            room = jnp.stack([self._square(place).room for place in (row, col)])
+            rows.append(self._wall(self.softness - room, jnp.array(True)))
         return rows
 
     def _wall(self, excess: jax.Array, there: jax.Array) -> jax.Array:
@@ -356,46 +316,12 @@ class SceneModel:
         if prior.cluster_size is None or prior.cluster_offset is not None:
             return None
         row, col, *_ = _parts(theta)
-        spread = jnp.stack([self._spread(place) for place in (row, col)])
-        some = self.mask.any(0)
-        return jnp.where(some, jnp.maximum(prior.cluster_size - spread, self.softness), 1)
+        room = jnp.stack([self._square(place).room for place in (row, col)])
+        return jnp.where(self.mask.any(0), jnp.maximum(room, self.softness), 1)
 
-    def _spread(self, place: jax.Array) -> jax.Array:
-        """(...,) largest minus least place of the targets."""
-        low = jnp.where(self.mask, place, jnp.inf).min(0)
-        high = jnp.where(self.mask, place, -jnp.inf).max(0)
-        some = self.mask.any(0)
-        return jnp.where(some, high, 0) - jnp.where(some, low, 0)
-
-    def _middle(self, place: jax.Array) -> jax.Array:
-        low = jnp.where(self.mask, place, jnp.inf).min(0)
-        high = jnp.where(self.mask, place, -jnp.inf).max(0)
-        some = self.mask.any(0)
-        return (jnp.where(some, low, 0) + jnp.where(some, high, 0)) / 2
-
-    def _square_begin(self, place: jax.Array) -> jax.Array:
-        prior, middle = self.known.prior, self._middle(place)
-        if prior.cluster_offset is None:
-            return middle - prior.cluster_size / 2
-        offset = prior.cluster_offset
-        return jnp.round(middle - offset - prior.cluster_size / 2) + offset
-
-    def _begins(self, place: jax.Array) -> list[jax.Array]:
-        """Where the square begins along an axis; of unknown place: Gauss's two nodes of all."""
-        begin, prior = self._square_begin(place), self.known.prior
-        if prior.cluster_offset is not None:
-            return [begin]
-        off = jnp.maximum(prior.cluster_size - self._spread(place), 0) / 12**0.5
-        return [begin - off, begin + off]
-
-    def _squares(self, place: jax.Array) -> jax.Array:
-        """(...,) along an axis, the number of squares that hold all targets, at least 1."""
+    def _square(self, place: jax.Array) -> Square:
         prior = self.known.prior
-        low = self._middle(place) - self._spread(place) / 2
-        high = low + self._spread(place)
-        offset, size = prior.cluster_offset, prior.cluster_size
-        number = jnp.floor(low - offset) - jnp.ceil(high - offset - size) + 1
-        return jnp.where(self.mask.any(0), jnp.maximum(number, 1), 1)
+        return Square(place, self.mask, prior.cluster_size, prior.cluster_offset)
 
     def _latent_curvature(self, theta: jax.Array) -> jax.Array:
         """(3K+1,) what `d2I/dv2` adds where the fit has come to rest: `-v I''/I'`, if positive.
@@ -443,35 +369,9 @@ def scene_model(
     """
     censors = seen.saturated.any() if censors is None else censors
     known = jax.tree.map(lambda a: jnp.asarray(a, seen.counts.dtype), known)
-    return SceneModel(seen, mask, known, all_counts(seen, known.gain), censors, softness, uniform)
-
-
-def pixel_std(seen: Observation, gain: Any) -> jax.Array:
-    """(...,) standard deviation of a pixel without targets, counts."""
-    if gain is None:
-        return seen.noise
-    return jnp.sqrt(seen.noise**2 + jnp.maximum(seen.background, 0) / gain)
-
-
-def all_counts(seen: Observation, gain: Any) -> jax.Array:
-    """(...,) counts of windows (N, M, ...) above their level: the most a target can have."""
-    above = seen.counts - seen.neighbours - seen.level
-    total = jnp.where(seen.valid, jnp.maximum(above, 0), 0).sum((0, 1))
-    return jnp.maximum(total, pixel_std(seen, gain))
-
-
-def _mills(residual: jax.Array, censored: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`m = phi(r) / Phi(-r)` with `log Phi(-r)` given, and `m - r`.
-
-    Far up, where `m - r` would be left of the rounding of two large numbers, by its series.
-    """
-    far = residual > _FAR_UP
-    mills = jnp.exp(-(residual**2) / 2 - _LOG_ROOT_2PI - censored)
-    above = jnp.where(far, residual, _FAR_UP)
-    i = 1 / above**2
-    series = (1 - i * (2 - i * (10 - i * (74 - i * 706)))) / above
-    excess = jnp.where(far, series, jnp.maximum(mills - residual, 0))
-    return jnp.where(far, residual + series, mills), excess
+    return SceneModel(
+        seen, mask, known, pixels.all_counts(seen, known.gain), censors, softness, uniform
+    )
 
 
 def _folded(u: jax.Array) -> jax.Array:
@@ -491,31 +391,3 @@ def _parts(theta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array
 
 
 _product = functools.partial(jnp.einsum, precision="highest")
-_Any = TypeVar("_Any", bound=Callable[..., Any])
-
-
-def lanes_last(function: _Any) -> _Any:
-    """Let a function's arrays be aligned at their last axes, whatever the user has set.
-
-    Numbers of windows broadcast over pixels and chains, which come in front of them.
-    """
-
-    @functools.wraps(function)
-    def aligned(*args: Any, **kwargs: Any) -> Any:
-        with jax.numpy_rank_promotion("allow"):
-            return function(*args, **kwargs)
-
-    return cast(_Any, aligned)
-
-
-def _sum(terms: jax.Array) -> jax.Array:
-    """Sum over the leading axis; written out where windows are the last one.
-
-    The compiler's own reduction over it takes one lane at a time.
-    """
-    return terms.sum(0) if terms.ndim < 3 else sum_of(terms[i] for i in range(terms.shape[0]))
-
-
-def sum_of(terms: Iterable[jax.Array]) -> jax.Array:
-    """The sum of arrays, one after the other."""
-    return functools.reduce(operator.add, terms)

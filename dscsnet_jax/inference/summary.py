@@ -56,8 +56,22 @@ def numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Array:
     """`theta` (3K+1, ...) with its targets exchanged, pair by pair, to be near to the fitted."""
     table = theta[:-1].reshape(-1, 3, *theta.shape[1:])
     reference = fitted[:-1].reshape(-1, 3, *fitted.shape[1:])
-    sorted_ = _exchanged(list(table), list(reference), list(mask))
-    return jnp.concatenate([jnp.concatenate(sorted_), theta[-1:]])
+    pairs = _pairs(len(table))
+    if not pairs:
+        return theta
+    first, second = jnp.asarray(np.array(pairs, np.int32).T)
+
+    def exchange(i: jax.Array, table: jax.Array) -> jax.Array:
+        # |a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2, multiplied out
+        a, b = first[i % len(pairs)], second[i % len(pairs)]
+        gain = ((table[a] - table[b]) * (reference[b] - reference[a]))[:2].sum(0)
+        swap = (gain > 0) & mask[a] & mask[b]
+        one, other = jnp.where(swap, table[b], table[a]), jnp.where(swap, table[a], table[b])
+        return table.at[a].set(one).at[b].set(other)
+
+    # A loop: written out, the compiler works out each exchange anew for all that follow.
+    table = jax.lax.fori_loop(0, 2 * len(pairs), exchange, table)
+    return jnp.concatenate([table.reshape(-1, *theta.shape[1:]), theta[-1:]])
 
 
 def is_numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Array:
@@ -73,22 +87,6 @@ def is_numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Arr
 
 def _pairs(slots: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(slots) for b in range(a + 1, slots)]
-
-
-def _exchanged(
-    targets: list[jax.Array], reference: list[jax.Array], mask: list[jax.Array]
-) -> list[jax.Array]:
-    """Targets (3, ...) exchanged as long as that brings pairs nearer to the reference."""
-    pairs = _pairs(len(targets))
-    for a, b in [*pairs, *pairs]:
-        # |a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2, multiplied out
-        gain = ((targets[a] - targets[b]) * (reference[b] - reference[a]))[:2].sum(0)
-        swap = (gain > 0) & mask[a] & mask[b]
-        targets[a], targets[b] = (
-            jnp.where(swap, targets[b], targets[a]),
-            jnp.where(swap, targets[a], targets[b]),
-        )
-    return targets
 
 
 def sorted_out(samples: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
@@ -113,6 +111,12 @@ def sorted_out(samples: jax.Array, reference: jax.Array, mask: jax.Array) -> jax
 
     once = exchange(samples, reference)
     return exchange(once, once.mean(0))
+
+
+def nothing(like: Posterior) -> Posterior:
+    """What windows without targets tell, in the shapes of `like`."""
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    return zero.replace(rhat=zero.rhat + 1, converged=~zero.converged)
 
 
 def summarise(

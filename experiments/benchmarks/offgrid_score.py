@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
-from dscsnet_jax.estimation.unmix import Unmixed, bayes_reference, known_of, unmix
+from dscsnet_jax.estimation.result import UnmixResult
+from dscsnet_jax.estimation.unmix import bayes_reference, known_of, unmix
 from dscsnet_jax.evaluation.matching import matched
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.physics.scene import get_preset
@@ -61,7 +62,7 @@ def main() -> None:
         )
 
 
-def show(name: str, answer: Unmixed, truth: Targets, seconds: float) -> None:
+def show(name: str, answer: UnmixResult, truth: Targets, seconds: float) -> None:
     """One row of the table."""
     scores = evaluate(answer.targets, truth)
     within = coverage(answer, truth)
@@ -82,7 +83,7 @@ def show(name: str, answer: Unmixed, truth: Targets, seconds: float) -> None:
     print(f"{name:<20}" + "".join(cells), flush=True)
 
 
-def coverage(answer: Unmixed, truth: Targets) -> tuple[float, float]:
+def coverage(answer: UnmixResult, truth: Targets) -> tuple[float, float]:
     """Percent of row and col errors of matched targets within 1 and 2 reported sigmas."""
     pairs = matched(answer.targets, truth, np.inf)
     error = np.abs(

@@ -6,7 +6,7 @@ A map made from one exposure, by the lasso (its implicit derivative) or by a net
 predict another exposure of the same scene: `d(loss)/d(sigma)` passes through the solver. The
 predictions are best at a width that is too narrow for the lasso, as two neighbouring cells
 are wider than one target between them. Off the grid there is no such bias: the evidence of
-`refine`, with one exposure, has its optimum at the true width. All begin 10 % off and follow the
+the fit, with one exposure, has its optimum at the true width. All begin 10 % off and follow the
 slope by secants to its root.
 """
 
@@ -22,12 +22,12 @@ from jax.typing import ArrayLike
 from scipy.optimize import newton
 
 from dscsnet_jax.estimation.network_map import network_of
-from dscsnet_jax.estimation.objective import pack, residuals
-from dscsnet_jax.estimation.observe import Observation, observe
-from dscsnet_jax.estimation.prior import ScenePrior
 from dscsnet_jax.estimation.readout import peak_centroids
-from dscsnet_jax.estimation.refine import refine
 from dscsnet_jax.estimation.unmix import pretrained
+from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.observation import observe
+from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists
 from dscsnet_jax.unfolding.solvers import solve_lasso
@@ -73,22 +73,13 @@ def starts(y: jax.Array, sigma: ArrayLike) -> Targets:
 
 
 def evidence_loss(sigma: ArrayLike, y: jax.Array, start: Targets) -> jax.Array:
-    """Minus the mean log evidence of a frame: `1/2 |r|^2 + 1/2 log det J^T J` at the fit.
+    """Minus the mean log evidence of a frame, at its fit, which answers to `sigma` too.
 
-    The fit answers to `sigma`, and the determinant to the fit; without it the likelihood
-    alone would prefer narrow PSFs where targets are blended.
+    It holds the determinant of the information: the likelihood alone would prefer narrow PSFs
+    where targets are blended.
     """
-    seen, prior = observe(y, sigma=sigma, noise=NOISE, background=0.0), ScenePrior()
-    fitted = refine(seen, start, prior).targets
-    theta = pack(fitted, jnp.zeros(len(y), y.dtype))
-
-    def one(theta: jax.Array, mask: jax.Array, seen: Observation) -> jax.Array:
-        r = residuals(theta, mask, seen, prior)
-        absent = jnp.append(1 - jnp.repeat(mask, 3), 0).astype(theta.dtype)
-        information = jnp.einsum("rp,rq->pq", r.jacobian, r.jacobian) + jnp.diag(absent)
-        return (r.value**2).sum() / 2 + jnp.linalg.slogdet(information)[1] / 2
-
-    return jax.vmap(one)(theta, fitted.mask, seen).mean()
+    seen, known = observe(y, noise=NOISE, background=0.0), Known(sigma)
+    return -log_evidence(fit(seen, start, known), seen, known).mean()
 
 
 def calibrate(slope: Callable[[float], ArrayLike], guess: float) -> float:

@@ -5,7 +5,7 @@
 `S = d(row, col, intensity)/d(pixel)` of the off-grid fit, in reverse mode: one linear solve at
 the optimum per number, whatever the iterations. Independent noise of every pixel then spreads
 the estimates by `noise^2 S S^T`. At a frame that the model explains, known noise and no
-prior, that is the covariance `(J^T J)^-1` that `refine` reports; on a noisy frame they part,
+prior, that is the covariance `(J^T J)^-1` that `fit` reports; on a noisy frame they part,
 by a share of the residuals. `S` also foretells what one bad pixel does.
 """
 
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.objective import pack
-from dscsnet_jax.estimation.observe import observe
-from dscsnet_jax.estimation.refine import Fit, refine
+from dscsnet_jax.inference.fit import Fit, fit
+from dscsnet_jax.inference.observation import observe
+from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -30,9 +30,9 @@ def estimates(frame: jax.Array, start: Targets) -> tuple[jax.Array, Fit]:
 
     One frame (N, M) of known noise and background; nothing is known of the scene.
     """
-    seen = observe(frame[None], sigma=SIGMA, noise=NOISE, background=0.0)
-    fit = refine(seen, start)
-    return pack(fit.targets, jnp.zeros(1, frame.dtype))[0, :-1], fit
+    best = fit(observe(frame[None], noise=NOISE, background=0.0), start, Known(SIGMA))
+    found = best.targets
+    return jnp.concatenate([found.position, found.intensity[..., None]], -1).reshape(-1), best
 
 
 def sensitivity(frame: jax.Array, start: Targets) -> tuple[jax.Array, Fit]:
@@ -52,15 +52,15 @@ def main() -> None:
     noisy = clean + NOISE * np.random.default_rng(0).normal(size=clean.shape)
     measure = jax.jit(sensitivity)
     for name, frame in {"noise-free": clean, "noisy": noisy}.items():
-        s, fit = measure(frame, truth)
+        s, best = measure(frame, truth)
         spread = jnp.sqrt(jnp.diagonal(propagated(s)))
         print(f"{name}: standard deviations of row, col (pixels), intensity (counts)")
         print("  noise^2 S S^T", np.array2string(spread, precision=5))
-        print("  refine       ", np.array2string(fit.std[0].reshape(-1), precision=5))
+        print("  fit          ", np.array2string(best.std[0].reshape(-1), precision=5))
     print("S of the first target's row on the noisy frame, 1/1000 pixel per count")
     print(np.array2string(1000 * np.asarray(s[0]), precision=2, suppress_small=True))
     pixel, excess = (2, 3), 1.0
-    moved = measure(noisy.at[pixel].add(excess), truth)[1].targets.position - fit.targets.position
+    moved = measure(noisy.at[pixel].add(excess), truth)[1].targets.position - best.targets.position
     print(f"pixel {pixel} brighter by {excess} count moves row, col by (pixels)")
     print("  foretold", np.array2string(excess * s[:2, *pixel], precision=6))
     print("  refitted", np.array2string(moved[0, 0], precision=6))

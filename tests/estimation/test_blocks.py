@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.estimation import blocks
-from dscsnet_jax.estimation.blocks import in_blocks
+from dscsnet_jax.estimation.blocks import in_blocks, take_rows, windows_per_block
 
 
 @pytest.fixture(params=[1, 3], autouse=True)
@@ -79,3 +79,20 @@ def test_random_numbers_are_the_same_in_every_block(setting: tuple[str, object])
             lambda a: a + jax.random.normal(jax.random.key(0), (2,)), np.zeros(8), size=2
         )
     assert np.unique(drawn).size == 2
+
+
+def test_blocks_of_windows_have_few_sizes_and_keep_all_cores_busy(cores: int) -> None:
+    """Each size is a program of its own."""
+    sizes = [windows_per_block(number) for number in range(1, 20_000)]
+    assert len(set(sizes)) <= 4
+    assert sizes == sorted(sizes)
+    for number, size in enumerate(sizes, 1):
+        # Blocks that are filled up to more than one core's share are of the least size.
+        assert size == sizes[0] or size < 4 * -(-number // cores)
+
+
+def test_rows_are_taken_from_every_array() -> None:
+    tree = {"a": np.arange(4), "b": jnp.arange(8.0).reshape(4, 2)}
+    taken = take_rows(tree, np.array([3, 1, 1]))
+    assert taken["a"].tolist() == [3, 1, 1]
+    assert taken["b"].tolist() == [[6, 7], [2, 3], [2, 3]]

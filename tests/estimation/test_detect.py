@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation.detect import LEAST_SNR, detect, matched_filter, places
-from dscsnet_jax.estimation.observe import observe
+from dscsnet_jax.estimation.detect import LEAST_SNR, detect, peaks_of
+from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter, places
+from dscsnet_jax.inference.observation import observe
+from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.physics.optics import point_response, render
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
@@ -18,14 +20,18 @@ NOISE = 2.0
 FRAMES = 32  # one shape for all tests: everything is compiled once
 
 jit_render = jax.jit(partial(render, frame_size=SIZE, sigma=SIGMA))
-jit_observe = jax.jit(partial(observe, sigma=SIGMA))
+jit_observe = jax.jit(observe)
+KNOWN = Known(sigma=np.full(2, SIGMA, np.float32))
+SHOT = KNOWN.replace(gain=np.float32(1))
 
 
-def found_in(frames: np.ndarray, *, max_targets: int = 20, **known: float) -> Targets:
+def found_in(
+    frames: np.ndarray, *, max_targets: int = 20, known: Known = KNOWN, **told: float
+) -> Targets:
     """Peaks of up to 32 frames of counts."""
     counts = np.zeros((FRAMES, SIZE, SIZE), np.float32)
     counts[: len(frames)] = frames
-    found = detect(jit_observe(counts, **known), max_targets=max_targets)
+    found = detect(jit_observe(counts, **told), known, max_targets=max_targets)
     return jax.tree.map(lambda a: np.asarray(a)[: len(frames)], found)
 
 
@@ -72,8 +78,8 @@ def test_pure_noise_raises_no_alarm() -> None:
 
 @pytest.mark.parametrize("level", [0.0, 3.0, 1e4])
 def test_rows2_and_3_constant_frames_hold_nothing(level: float) -> None:
-    for known in ({}, {"noise": NOISE}):
-        assert found_in(np.full((2, SIZE, SIZE), level), **known).count.tolist() == [0, 0]
+    for told in ({}, {"noise": NOISE}):
+        assert found_in(np.full((2, SIZE, SIZE), level), **told).count.tolist() == [0, 0]
 
 
 @pytest.mark.usefixtures("x64")
@@ -114,7 +120,7 @@ def test_least_energy_and_most_targets() -> None:
     np.testing.assert_array_equal(two.position, [[[12, 4], [4, 12]]])
     np.testing.assert_allclose(two.intensity, [[300, 200]], rtol=1e-5)
     seen = jit_observe(frames, noise=1.0, background=0.0)
-    bright = detect(seen, max_targets=2, least_energy=250.0)
+    bright = detect(seen, KNOWN, max_targets=2, least_energy=250.0)
     assert bright.count.tolist() == [1] + [0] * (FRAMES - 1)
     assert not np.asarray(bright.intensity)[0, 1:].any()
 
@@ -125,8 +131,46 @@ def test_row1_pixels_that_are_not_valid_are_not_looked_at() -> None:
     frames[0, 3, 3] = 1e6
     seen = jit_observe(frames, noise=1.0, background=0.0)
     without = seen.replace(valid=seen.valid.at[0, 3, 3].set(False))
-    assert detect(seen, max_targets=2).count[0] == 1
-    assert detect(without, max_targets=2).count[0] == 0
+    assert detect(seen, KNOWN, max_targets=2).count[0] == 1
+    assert detect(without, KNOWN, max_targets=2).count[0] == 0
+
+
+def test_light_of_neighbours_is_not_looked_for() -> None:
+    frames = rendered([[(4, 4, 100.0), (12, 12, 200.0)], [(5, 9, 150.0)]])
+    seen = jit_observe(frames, noise=1.0, background=0.0)
+    others = rendered([[(12, 12, 200.0)], [(5, 9, 150.0)]])
+    assert detect(seen, KNOWN, max_targets=2).count[:2].tolist() == [2, 1]
+    found = detect(seen.replace(neighbours=others), KNOWN, max_targets=2)
+    assert found.count.tolist() == [1] + [0] * (FRAMES - 1)
+    np.testing.assert_array_equal(found.position[0, 0], [4, 4])
+
+
+def test_the_shot_noise_of_the_sky_is_no_target() -> None:
+    """That of a pedestal would be: with its light the sky is 16 times as noisy as without."""
+    sky = np.random.default_rng(5).poisson(1000, (FRAMES, SIZE, SIZE)).astype(np.float32)
+    told = {"noise": NOISE, "known": SHOT}
+    assert found_in(sky, background=1000.0, **told).count.sum() <= 1
+    offset = found_in(sky, pedestal=1000.0, background=0.0, **told)
+    assert (offset.count > 0).all()
+
+
+def test_any_number_of_frames_has_the_peaks_of_each() -> None:
+    """In blocks of 128, with at least 16 slots, above half the prior's least intensity."""
+    tables = [[(3, 3, 40.0 + i), (8, 8, 200.0)] for i in range(10)]
+    few = np.asarray(jax.jit(partial(render, frame_size=11, sigma=SIGMA))(from_lists(tables, 2)))
+    seen = jax.tree.map(
+        np.asarray, jit_observe(np.tile(few, (13, 1, 1)), noise=1.0, background=0.0)
+    )
+    known = KNOWN.replace(prior=scene_prior(intensity=(90, 300)))
+    found = peaks_of(seen, known, max_targets=2)
+    assert found.mask.shape == (130, 16)
+    # The filter sees 40 to 49 counts without an error; 45 and more count.
+    assert found.count.tolist() == ([1] * 5 + [2] * 5) * 13
+    by_slots = peaks_of(seen, known, max_targets=20)
+    assert by_slots.mask.shape == (130, 20)
+    np.testing.assert_array_equal(by_slots.position[:, :2], found.position[:, :2])
+    tiny = jax.tree.map(lambda a: a[:, :1, :1] if a.ndim == 3 else a, seen)
+    assert peaks_of(tiny, KNOWN, max_targets=20).mask.shape == (130, SUBPIXELS**2)
 
 
 @pytest.mark.parametrize("place", [(5 + 1 / 6, 5.0), (5 + 1 / 6, 5 + 1 / 6), (5.5, 5.5)])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.estimation import network_map
-from dscsnet_jax.estimation.observe import Observation, observe
-from dscsnet_jax.estimation.prior import ScenePrior
 from dscsnet_jax.estimation.readout import Readout, peak_centroids
+from dscsnet_jax.inference.observation import Observation, observe
+from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Metadata, Weights, geometry_of
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
@@ -20,6 +20,7 @@ from dscsnet_jax.unfolding.registry import make_network
 SIDE, WINDOW = 9, 7
 BACKGROUND, SIGMA, THRESHOLD = 10.0, 0.5, 40.0  # counts, pixels, counts
 TABLES = [[(2.1, 1.8, 240.0), (6.0, 6.7, 180.0)], [], [(4.0, 4.3, 220.0)]]
+KNOWN = Known(sigma=np.full(2, SIGMA, np.float32))
 SETTINGS: dict[str, Any] = {"threshold": THRESHOLD, "max_targets": 4, "batch_size": 8}
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -28,7 +29,7 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 def seen(side: int) -> Observation:
     def look() -> Observation:
         y = BACKGROUND + render(from_lists(TABLES), frame_size=side, sigma=SIGMA)
-        return observe(y, sigma=SIGMA, noise=1.0, background=BACKGROUND)
+        return observe(y, noise=1.0, pedestal=BACKGROUND / 2, background=BACKGROUND / 2)
 
     return jax.tree.map(np.asarray, quick_jit(look)())
 
@@ -64,7 +65,7 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def read_windows(side: int, weights: Weights) -> tuple[Targets, np.ndarray]:
-    return network_map.read_windows(seen(side), weights, ScenePrior(), **SETTINGS)
+    return network_map.read_windows(seen(side), weights, KNOWN, **SETTINGS)
 
 
 def by_hand(weights: Weights, counts: np.ndarray, max_targets: int) -> Readout:
@@ -112,3 +113,26 @@ def test_networks_for_any_frame_see_windows(sides: list[tuple[int, ...]]) -> Non
     answers = to_lists(found)
     assert [len(table) > 0 for table in answers] == [True, False, True]
     np.testing.assert_allclose(answers[2], expected + np.array([1, 1, 0]), rtol=1e-4)
+
+
+def test_a_map_shows_neither_level_nor_neighbours() -> None:
+    """Of a frame with a group told as neighbours: the map without them."""
+    weights = weights_of("ista_net_plus", iterations=1, channels=2)
+    whole, pair = seen(SIDE), [TABLES[0][:1], [], []]
+    others = quick_jit(partial(render, frame_size=SIDE, sigma=SIGMA))(
+        from_lists([TABLES[0][1:], [], []])
+    )
+    lone = quick_jit(partial(render, frame_size=SIDE, sigma=SIGMA))(from_lists(pair))
+    settings = {**SETTINGS, "readout": "peaks"}
+    told = whole.replace(neighbours=np.asarray(others))
+    maps, found, _ = network_map.read_maps(told, weights, KNOWN, **settings)
+    bare = whole.replace(
+        counts=np.concatenate([np.asarray(lone)[:1], whole.counts[1:] - np.float32(BACKGROUND)]),
+        pedestal=np.zeros_like(whole.pedestal),
+        background=np.zeros_like(whole.background),
+    )
+    expected, _, _ = network_map.read_maps(bare, weights, KNOWN, **settings)
+    # Rounding of the differences, of which maps are made.
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-3)
+    assert expected.max() > 10
+    np.testing.assert_allclose(found.position[0, 0], TABLES[0][0][:2], atol=0.5)

@@ -1,7 +1,6 @@
 """`unmix`: values on simulated frames, and every fault of the table it answers for."""
 
 import dataclasses
-import sys
 from functools import partial
 from typing import Any
 
@@ -10,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation import offgrid
-from dscsnet_jax.estimation.answer import Unmixed
+from dscsnet_jax.estimation import solve as solving
 from dscsnet_jax.estimation.network_map import network_of
 from dscsnet_jax.estimation.readout import peak_centroids
-from dscsnet_jax.estimation.refine import refine
+from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.estimation.tiling import TILE
 from dscsnet_jax.estimation.unmix import bayes_reference, known_of, pretrained, unmix
 from dscsnet_jax.evaluation.report import evaluate
+from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.io.weights import packaged_weights
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render, sensing_operator
@@ -47,7 +47,7 @@ def csist() -> tuple[Targets, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def averaged(csist: tuple[Targets, np.ndarray]) -> Unmixed:
+def averaged(csist: tuple[Targets, np.ndarray]) -> UnmixResult:
     """Posterior means of the first eight frames, all told of their scenes."""
     return unmix(csist[1][:BATCH], **KNOWN, batch_size=BATCH)
 
@@ -57,7 +57,7 @@ def assert_same(a: Any, b: Any, frames: Any = slice(None)) -> None:
         np.testing.assert_array_equal(np.asarray(one)[frames], np.asarray(other)[frames])
 
 
-def everything(answer: Unmixed) -> dict[str, Any]:
+def everything(answer: UnmixResult) -> dict[str, Any]:
     fields = {f.name: getattr(answer, f.name) for f in dataclasses.fields(answer)}
     return {**fields, "maps": None, "status": answer.status()}
 
@@ -88,7 +88,7 @@ def test_what_is_known_off_the_grid_is_better_than_the_map(
 
 
 def test_the_mean_of_unknown_counts_is_near_that_of_known_ones(
-    csist: tuple[Targets, np.ndarray], averaged: Unmixed
+    csist: tuple[Targets, np.ndarray], averaged: UnmixResult
 ) -> None:
     truth, frames = csist
     some = jax.tree.map(lambda a: a[:BATCH], truth)
@@ -100,7 +100,7 @@ def test_the_mean_of_unknown_counts_is_near_that_of_known_ones(
     )
     mask = np.asarray(averaged.targets.mask)
     assert (averaged.std[mask] > 0).all()
-    low, high = KNOWN["prior"].intensity
+    low, high = KNOWN["prior"].intensity.range
     assert (np.asarray(averaged.targets.intensity)[mask] > low - 1).all()
     assert (np.asarray(averaged.targets.intensity)[mask] < high + 1).all()
     # Most pixels hold no light and no rounding error.
@@ -140,7 +140,7 @@ def test_the_grid_alone_gives_no_errors(csist: tuple[Targets, np.ndarray]) -> No
 
 
 def test_frames_do_not_depend_on_each_other(
-    csist: tuple[Targets, np.ndarray], averaged: Unmixed
+    csist: tuple[Targets, np.ndarray], averaged: UnmixResult
 ) -> None:
     order = np.random.default_rng(0).permutation(BATCH)
     frames = csist[1][:BATCH]
@@ -154,13 +154,67 @@ def test_frames_do_not_depend_on_each_other(
         assert_same(
             jax.tree.map(lambda a: np.asarray(a)[BATCH:], everything(more)[name]), whole[name]
         )
+    some = slice(2, 7, 2)
+    part = everything(unmix(frames[some], **KNOWN, batch_size=BATCH))
+    for name in whole:
+        assert_same(part[name], jax.tree.map(lambda a: np.asarray(a)[some], whole[name]))
+
+
+# --- pedestal and background ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sky() -> np.ndarray:
+    """100 frames of nothing but light, of a gain of one."""
+    rng = np.random.default_rng(0)
+    return rng.poisson(1000, (100, 11, 11)) + rng.normal(0, 2, (100, 11, 11))
+
+
+def test_light_of_the_sky_has_shot_noise(sky: np.ndarray) -> None:
+    answer = in_map(sky, noise=2.0, gain=1.0, background=1000.0)
+    assert (np.asarray(answer.targets.count) == 0).sum() >= 98
+    np.testing.assert_array_equal(answer.pedestal, np.zeros(100))
+    np.testing.assert_array_equal(answer.background, np.full(100, 1000))
+    np.testing.assert_array_equal(answer.noise, np.full(100, 2))
+    empty = np.asarray(answer.targets.count) == 0
+    ideal = (2 / (121 * empty.sum())) ** 0.5
+    assert abs(answer.chi_square[empty].mean() - 1) < 4 * ideal
+    assert not answer.unexplained[empty].any()
+
+
+def test_a_pedestal_has_no_shot_noise(sky: np.ndarray) -> None:
+    """The map alone: told as a pedestal the same light is full of targets."""
+    told = {"noise": 2.0, "gain": 1.0}
+    light = on_grid(sky, **told, background=1000.0)
+    assert (np.asarray(light.targets.count) == 0).sum() >= 98
+    offset = on_grid(sky, **told, pedestal=1000.0, background=0.0)
+    assert (np.asarray(offset.targets.count) > 0).sum() >= 98
+    np.testing.assert_array_equal(offset.pedestal, np.full(100, 1000))
+    np.testing.assert_array_equal(offset.background, np.zeros(100))
+    assert (offset.residual < light.residual).sum() >= 98  # which took some of the scatter
+
+
+def test_an_estimated_level_is_background_above_the_pedestal(sky: np.ndarray) -> None:
+    """And what is left of the scatter when its shot noise is taken out is the noise."""
+    plain, above = on_grid(sky, gain=1.0), on_grid(sky, gain=1.0, pedestal=400.0)
+    np.testing.assert_array_equal(plain.pedestal, np.zeros(100))
+    np.testing.assert_array_equal(above.pedestal, np.full(100, 400))
+    np.testing.assert_allclose(above.background + 400, plain.background, rtol=1e-6)
+    for answer, light in ((plain, 1000), (above, 600)):
+        error = answer.background - light
+        assert abs(error.mean()) < 4 * error.std(ddof=1) / 10 + 0.05 * 1000**0.5
+    # The pedestal's 400 counts have no shot noise, so it is read noise that explains theirs.
+    variance = above.noise.astype(float) ** 2
+    off = variance.mean() - 404
+    assert abs(off) < 4 * variance.std(ddof=1) / 10 + 0.04 * 1004
+    assert (plain.noise < above.noise).mean() > 0.9
 
 
 # --- faults and bad input ------------------------------------------------------------
 
 
 def test_row1_invalid_pixels_are_refused_or_flagged(
-    csist: tuple[Targets, np.ndarray], averaged: Unmixed
+    csist: tuple[Targets, np.ndarray], averaged: UnmixResult
 ) -> None:
     frames = csist[1][:BATCH].copy()
     row, col = np.asarray(averaged.targets.position)[3, 0].round().astype(int)
@@ -323,15 +377,13 @@ def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyP
     """The fit is stopped before its first step."""
     frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], noise=1.0)
 
-    @jax.jit
-    def stopped(seen_and_start: tuple, prior: Any, _: Any) -> Any:
-        return refine(*seen_and_start, prior, num_iterations=0)
+    @partial(jax.jit, static_argnames="only_add")
+    def stopped(given: tuple, known: Any, *, only_add: bool) -> Any:
+        found = fit(*given, known, num_iterations=0)
+        table = jnp.zeros((len(found.theta), found.targets.mask.shape[1] + 1))
+        return Selected(found, table)
 
-    # The package's `refine` is the module; here it is the function of that name.
-    monkeypatch.setattr(sys.modules[refine.__module__], "_refine_block", stopped)
-    monkeypatch.setattr(
-        offgrid, "select_count", lambda seen, fit, *_, **__: offgrid._uncounted(fit)
-    )
+    monkeypatch.setattr(solving, "_select", stopped)
     answer = in_map(frames, noise=1.0, background=0.0)
     mask = np.asarray(answer.targets.mask)
     assert mask[:2].any(1).all()
@@ -407,6 +459,7 @@ def test_weights_by_path_and_unknown_choices(csist: tuple[Targets, np.ndarray]) 
         ("noise", -1.0),
         ("noise", np.inf),
         ("background", np.nan),
+        ("pedestal", np.inf),
         ("gain", -1.0),
         ("saturation", 0.0),
         ("batch_size", 0),

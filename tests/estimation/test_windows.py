@@ -1,27 +1,31 @@
 """Windows: groups are cut out whole, see nobody else, and come back where they were."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy.special import erf
 
-from dscsnet_jax.estimation.observe import Observation
 from dscsnet_jax.estimation.windows import (
     Shape,
     Windows,
-    cut,
     exact_shapes,
     fit_shapes,
     frame_sources,
     join,
 )
+from dscsnet_jax.estimation.windows import cut as cut_by_width
+from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 SIGMA = 0.5
+WIDTH = np.full(2, SIGMA, np.float32)
 SIZE = (118, 60)
 SLOTS = 130  # one size of frames and slots for all tests: rendering is compiled once
-BACKGROUND = 7.0
+PEDESTAL, BACKGROUND = 3.0, 4.0
+LEVEL = PEDESTAL + BACKGROUND
+cut = partial(cut_by_width, sigma=WIDTH)
 
 
 def sources(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -39,19 +43,20 @@ def scene(tables: list) -> tuple[Observation, Targets]:
     """Noise-free frames over a known background, and their targets."""
     truth = from_lists(tables, SLOTS)
     clean = [sources(table, SIZE) for table in to_lists(truth)]
-    counts = np.array(clean, np.float32).reshape(-1, *SIZE) + np.float32(BACKGROUND)
+    counts = np.array(clean, np.float32).reshape(-1, *SIZE) + np.float32(LEVEL)
     number = np.ones(len(counts), np.float32)
     valid = np.ones(counts.shape, bool)
     seen = Observation(
         counts=counts,
         valid=valid,
         saturated=~valid,
+        neighbours=np.zeros_like(counts),
+        origin=np.zeros((len(counts), 2), np.float32),
         noise=number,
+        pedestal=PEDESTAL * number,
         background=BACKGROUND * number,
         background_std=0 * number,
-        gain=np.inf * number,
-        sigma=np.full((len(counts), 2), SIGMA, np.float32),
-    )  # type: ignore[arg-type]
+    )
     return seen, truth
 
 
@@ -87,23 +92,39 @@ def assert_put_back(cuts: list[Windows], truth: Targets) -> None:
     np.testing.assert_array_equal(doubled, 2 * np.asarray(joined.intensity))
 
 
-def own_counts(w: Windows) -> np.ndarray:
+def own_sources(w: Windows) -> np.ndarray:
     shape = w.observation.counts.shape[1:]
-    return BACKGROUND + np.stack([sources(table, shape) for table in to_lists(w.targets)])
+    return np.stack([sources(table, shape) for table in to_lists(w.targets)])
 
 
-@pytest.mark.parametrize(("shapes", "spare"), [(fit_shapes(SIGMA), 1), (exact_shapes(SIGMA), 0)])
+def origins(w: Windows) -> np.ndarray:
+    return w.observation.origin.astype(int)
+
+
+def pixels_of(image: np.ndarray, w: Windows) -> np.ndarray:
+    """What an image (B, N, M) holds at the windows' pixels, 0 outside."""
+    around = np.pad(image, [(0, 0), (30, 30), (30, 30)])
+    side = w.observation.counts.shape[1]
+    return np.stack(
+        [
+            around[frame, row : row + side, col : col + side]
+            for frame, (row, col) in zip(w.frame, origins(w) + 30, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("shapes", "free"), [(fit_shapes(SIGMA), 1), (exact_shapes(SIGMA), 0)])
 def test_cut_and_join_is_the_identity(
-    scenes: tuple[Observation, Targets], shapes: tuple[Shape, ...], spare: int
+    scenes: tuple[Observation, Targets], shapes: tuple[Shape, ...], free: int
 ) -> None:
     observation, truth = scenes
-    cuts, crowded = cut(observation, truth, shapes, spare=spare)
+    cuts, crowded = cut(observation, truth, shapes, num_free_slots=free)
     assert not crowded.any()
     assert_put_back(cuts, truth)
     for w in cuts:
         slots = w.targets.mask.shape[1]
         assert w.observation.counts.shape[1:] == (w.observation.counts.shape[1],) * 2
-        assert (w.targets.mask.sum(1) + spare <= slots).all()
+        assert (w.targets.mask.sum(1) + free <= slots).all()
         place = w.targets.position[w.targets.mask]
         assert (place >= -0.5).all()
         assert (place <= w.observation.counts.shape[1] - 0.5).all()
@@ -117,23 +138,38 @@ def test_a_window_sees_the_pixels_of_its_frame_and_no_others(
     for size in (whole.counts.shape[1], 5):
         images = {k: getattr(whole, k)[:, :size, :size] for k in ("counts", "valid", "saturated")}
         observation = dataclasses.replace(whole, **images)
+        observation.saturated[:, 3] = True
         outside.append(0)
+        assert observation.saturated.any()
         for w in cut(observation, truth, fit_shapes(SIGMA))[0]:
-            side = w.observation.counts.shape[1]
-            for frame, origin, valid in zip(w.frame, w.origin, w.observation.valid, strict=True):
-                around = np.pad(observation.valid[frame], 30)
-                row, col = origin + 30
-                np.testing.assert_array_equal(valid, around[row : row + side, col : col + side])
-                outside[-1] += (~valid).sum()
+            for name in images:
+                expected = pixels_of(getattr(observation, name), w)
+                np.testing.assert_array_equal(getattr(w.observation, name), expected)
+            outside[-1] += (~w.observation.valid).sum()
     # Windows lie within frames that are larger, and around those that are smaller.
-    assert outside[0] == (~whole.valid).sum()
+    assert outside[0] == 0
     assert outside[1] > 50
 
 
-def test_only_the_own_group_is_left_in_a_window(scenes: tuple[Observation, Targets]) -> None:
-    for w in cut(*scenes, fit_shapes(SIGMA))[0]:
-        error = np.abs(w.observation.counts - own_counts(w))[w.observation.valid]
-        assert error.max() < 1e-2
+def test_numbers_of_a_frame_are_those_of_its_windows(scenes: tuple[Observation, Targets]) -> None:
+    whole, truth = scenes
+    names = ("noise", "pedestal", "background", "background_std")
+    told = {
+        name: 10 * i + np.arange(len(whole.counts), dtype="f4") for i, name in enumerate(names, 1)
+    }
+    for w in cut(dataclasses.replace(whole, **told), truth, fit_shapes(SIGMA))[0]:
+        for name, value in told.items():
+            np.testing.assert_array_equal(getattr(w.observation, name), value[w.frame])
+
+
+def test_light_of_other_groups_goes_to_the_neighbours(scenes: tuple[Observation, Targets]) -> None:
+    """Counts stay as recorded; with the own targets and the level the neighbours explain them."""
+    whole, truth = scenes
+    for w in cut(whole, truth, fit_shapes(SIGMA))[0]:
+        seen = w.observation
+        np.testing.assert_array_equal(seen.counts, pixels_of(whole.counts, w))
+        explained = LEVEL + own_sources(w) + seen.neighbours
+        assert np.abs(seen.counts - explained)[seen.valid].max() < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -141,38 +177,46 @@ def test_only_the_own_group_is_left_in_a_window(scenes: tuple[Observation, Targe
     [(3.2, 2, 0.5), (2.2, 36, 5.0)],
     ids=["near groups", "a lattice that has to be parted"],
 )
-def test_what_leaks_in_from_neighbours_is_subtracted(gap: float, number: int, leak: float) -> None:
+def test_what_leaks_in_from_neighbours_is_told(gap: float, number: int, leak: float) -> None:
     """Windows that overlap, and more linked targets than any window takes."""
     rows, cols = np.divmod(np.arange(number), int(number**0.5))
     table = np.column_stack([4.1 + gap * rows, 4.3 + gap * cols, np.linspace(100, 300, number)])
     observation, truth = scene([table])
-    cuts, crowded = cut(observation, truth, fit_shapes(SIGMA), spare=1)
+    cuts, crowded = cut(observation, truth, fit_shapes(SIGMA), num_free_slots=1)
     assert not crowded.any()
     assert sum(len(w.frame) for w in cuts) == number
     assert_put_back(cuts, truth)
-    recorded = np.pad(observation.counts[0], 9)
     leaked = 0.0
     for w in cuts:
-        own, side = own_counts(w), w.observation.counts.shape[1]
-        for k, (row, col) in enumerate(w.origin + 9):
-            valid = w.observation.valid[k]
-            assert np.abs(w.observation.counts[k] - own[k])[valid].max() < 1e-2
-            raw = recorded[row : row + side, col : col + side]
-            leaked = max(leaked, np.abs(raw - own[k])[valid].max())
-    assert leaked > leak  # there was something to subtract
+        others = pixels_of(observation.counts, w) - LEVEL - own_sources(w)
+        valid = w.observation.valid
+        assert np.abs(w.observation.neighbours - others)[valid].max() < 1e-2
+        assert not w.observation.neighbours[~valid].any()
+        leaked = max(leaked, np.abs(others)[valid].max())
+    assert leaked > leak  # there was something to tell
 
 
-@pytest.mark.parametrize("spare", [0, 1])
-def test_row12_groups_too_crowded_are_flagged_and_keep_their_brightest(spare: int) -> None:
+def test_targets_are_grouped_by_the_widest_psf() -> None:
+    """Evidences of several widths compare over the same windows only."""
+    observation, truth = scene([[(5.0, 5.0, 200.0), (5.0, 8.6, 200.0)]])
+    narrow, wide = (
+        sum(len(w.frame) for w in cut(observation, truth, fit_shapes(0.7), widest=widest)[0])
+        for widest in (None, 0.7)
+    )
+    assert (narrow, wide) == (2, 1)
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_row12_groups_too_crowded_are_flagged_and_keep_their_brightest(free: int) -> None:
     rng = np.random.default_rng(2)
     dense = np.column_stack([5 + rng.uniform(0, 0.3, (30, 2)), rng.permutation(30) + 100.0])
     observation, truth = scene([[(5.0, 5.0, 90.0)], dense, [(2.0, 8.0, 90.0)]])
-    cuts, crowded = cut(observation, truth, fit_shapes(SIGMA), spare=spare)
+    cuts, crowded = cut(observation, truth, fit_shapes(SIGMA), num_free_slots=free)
     assert crowded.tolist() == [False, True, False]
     joined, _, _ = join([(w, w.targets, ()) for w in cuts], 3, 30)
-    assert joined.count.tolist() == [1, 24 - spare, 1]
-    kept = np.asarray(joined.intensity)[1, : 24 - spare]
-    np.testing.assert_array_equal(kept, np.arange(129, 105 + spare, -1))
+    assert joined.count.tolist() == [1, 24 - free, 1]
+    kept = np.asarray(joined.intensity)[1, : 24 - free]
+    np.testing.assert_array_equal(kept, np.arange(129, 105 + free, -1))
 
 
 def test_row12_join_keeps_the_brightest_and_says_so() -> None:
@@ -186,7 +230,7 @@ def test_row12_join_keeps_the_brightest_and_says_so() -> None:
 @pytest.mark.parametrize("frames", [0, 2])
 def test_no_frames_and_no_targets_give_no_windows(frames: int) -> None:
     observation, none = scene([[]] * frames)
-    cuts, crowded = cut(observation, none, fit_shapes(SIGMA), spare=1)
+    cuts, crowded = cut(observation, none, fit_shapes(SIGMA), num_free_slots=1)
     assert cuts == []
     assert crowded.tolist() == [False] * frames
     joined, values, truncated = join([], frames, 4)
@@ -194,15 +238,13 @@ def test_no_frames_and_no_targets_give_no_windows(frames: int) -> None:
     assert not joined.mask.any()
     assert values == []
     assert truncated.tolist() == [False] * frames
-    assert frame_sources(observation, none).shape == (frames, *SIZE)
+    assert frame_sources(none, WIDTH, observation.counts).shape == (frames, *SIZE)
 
 
-def test_a_group_alone_sees_its_frame_unchanged_to_the_bit() -> None:
+def test_a_group_alone_has_no_neighbours_to_the_bit() -> None:
     rng = np.random.default_rng(3)
     observation, truth = scene([[(5.2, 5.4, 240.0), (5.6, 4.9, 230.0)]])
     noisy = observation.counts + rng.normal(size=(1, *SIZE)).astype("f4")
     (w,), _ = cut(observation.replace(counts=noisy), truth, fit_shapes(SIGMA))
-    (row, col), side = w.origin[0], w.observation.counts.shape[1]
-    np.testing.assert_array_equal(
-        w.observation.counts[0], noisy[0, row : row + side, col : col + side]
-    )
+    np.testing.assert_array_equal(w.observation.counts, pixels_of(noisy, w))
+    assert not w.observation.neighbours.any()

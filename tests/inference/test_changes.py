@@ -11,9 +11,10 @@ import pytest
 
 from dscsnet_jax.inference.changes import NEAR_CHANGES, NUM_CHANGES, changes, closest_pair
 from dscsnet_jax.inference.fit import Fit
+from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.matched_filter import matched_filter, places
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known, Uniform, scene_prior
+from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.inference.scene_model import scene_model
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists

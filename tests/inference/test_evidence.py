@@ -12,9 +12,10 @@ from scipy.special import erf, gammaln, log_ndtr
 
 from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import Fit, fit
+from dscsnet_jax.inference.intensity import Uniform
+from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, Uniform, preset_prior, scene_prior
-from dscsnet_jax.inference.scene_model import lanes_last
+from dscsnet_jax.inference.prior import Known, preset_prior, scene_prior
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets, from_lists
 

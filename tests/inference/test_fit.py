@@ -12,8 +12,9 @@ import pytest
 from jax.typing import ArrayLike
 
 from dscsnet_jax.inference.fit import Fit, fit
+from dscsnet_jax.inference.intensity import LogNormal, Uniform
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known, LogNormal, ScenePrior, Uniform, scene_prior
+from dscsnet_jax.inference.prior import Known, ScenePrior, scene_prior
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
 from dscsnet_jax.physics.limits import render_jacobian
 from dscsnet_jax.physics.optics import render

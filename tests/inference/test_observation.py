@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.inference.observation import ROUNDING, Observation, observe
-from dscsnet_jax.inference.scene_model import pixel_std
-from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
+from dscsnet_jax.inference.observation import ROUNDING, Observation, observe, remeasured
+from dscsnet_jax.inference.pixels import pixel_std
+from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.scene import Scene, frame_keys, get_preset, simulate
 
 LEVEL, NOISE = 30.0, 4.0
 FRAMES = 1000
@@ -18,16 +19,28 @@ KNOWN = {"noise": NOISE, "background": LEVEL}
 
 # One compilation for each set of arguments and shape, hence few frames, mostly as many.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-jit_observe = quick_jit(observe)
+jit_observe, jit_remeasured = quick_jit(observe), quick_jit(remeasured)
 FEW = 20
 
 
 @pytest.fixture(scope="module")
-def frames() -> np.ndarray:
+def scenes() -> Scene:
     """Frames with one to five bright targets on a level with noise, not rounded."""
     preset = get_preset("csist_float", offset=LEVEL, read_noise=NOISE)
     keys = frame_keys(1, "val", np.arange(FRAMES))
-    return np.asarray(quick_jit(partial(simulate, preset))(keys).frames)
+    return jax.device_get(quick_jit(partial(simulate, preset))(keys))
+
+
+@pytest.fixture(scope="module")
+def frames(scenes: Scene) -> np.ndarray:
+    return scenes.frames
+
+
+@pytest.fixture(scope="module")
+def source(scenes: Scene) -> np.ndarray:
+    """Expected counts of the targets of `frames`."""
+    draw = quick_jit(partial(render, frame_size=11, sigma=get_preset("csist_float").sigma))
+    return np.asarray(draw(scenes.targets))
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +143,24 @@ def test_light_of_the_sky_has_shot_noise_and_a_pedestal_has_none() -> None:
     np.testing.assert_array_equal(pixel_std(light, None), np.float32(2))
 
 
-def test_an_estimated_level_is_what_it_can_be(frames: np.ndarray) -> None:
-    """Photons where their gain is told, above a pedestal where that is told, else pedestal."""
+@pytest.mark.parametrize("gain", [None, 2.0])
+def test_an_estimated_level_is_light_above_the_pedestal(
+    frames: np.ndarray, gain: float | None
+) -> None:
+    """With a gain and without one; no pedestal is none, as 0 is."""
     few, none = frames[:FEW], np.zeros(FEW)
-    plain = jit_observe(few)
-    level = np.asarray(plain.level)
-    np.testing.assert_array_equal(plain.background, none)
-    np.testing.assert_array_equal(plain.pedestal, level)
-    photons = jit_observe(few, gain=2.0)
-    np.testing.assert_array_equal(photons.pedestal, none)
-    np.testing.assert_array_equal(photons.background, level)
-    both = jit_observe(few, pedestal=12.0, gain=2.0)
-    np.testing.assert_array_equal(both.pedestal, np.full(FEW, 12.0))
-    np.testing.assert_allclose(both.background, level - 12, rtol=1e-6)
-    told = jit_observe(few, background=5.0)
+    plain = jit_observe(few, gain=gain)
+    np.testing.assert_array_equal(plain.pedestal, none)
+    level = np.asarray(plain.background)
+    assert (np.abs(level - LEVEL) < NOISE).all()
+    np.testing.assert_array_equal(plain.level, level)
+    zero = jit_observe(few, gain=gain, pedestal=0.0)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(zero), strict=True):
+        np.testing.assert_array_equal(a, b)
+    offset = jit_observe(few, gain=gain, pedestal=12.0)
+    np.testing.assert_array_equal(offset.pedestal, np.full(FEW, 12.0))
+    np.testing.assert_allclose(offset.background, level - 12, rtol=1e-6)
+    told = jit_observe(few, gain=gain, background=5.0)
     np.testing.assert_array_equal(told.pedestal, none)
     np.testing.assert_array_equal(told.background, np.full(FEW, 5.0))
 
@@ -181,6 +198,113 @@ def test_read_noise_is_found_beneath_shot_noise() -> None:
     assert abs(off.mean()) < 4 * off.std() / FRAMES**0.5 + 0.02 * noise
     # As if all were read noise: far off.
     assert np.asarray(jit_observe(frames).noise, float).mean() > 1.1 * noise
+
+
+# --- measured once more ------------------------------------------------------------
+
+
+def test_the_second_measurement_is_that_of_plain_numpy(
+    scenes: Scene, frames: np.ndarray, source: np.ndarray
+) -> None:
+    """Mean and deviation of what is within four deviations, with the fits' freedom taken off."""
+    number = scenes.targets.count.astype(np.float32)
+    seen = jit_observe(frames)
+    again = jit_remeasured(seen, source, number)
+    first = jit_observe(frames - source)
+    for i in range(0, FRAMES, 25):
+        left = (frames[i] - source[i]).astype(float).ravel()
+        near = left[np.abs(left - float(first.level[i])) <= 4 * float(first.noise[i])]
+        freedom = len(near) - 1 - 3 * number[i]
+        noise = np.sqrt(((near - near.mean()) ** 2).sum() / freedom)
+        assert float(again.background[i]) == pytest.approx(near.mean(), abs=1e-3)
+        assert float(again.noise[i]) == pytest.approx(noise, rel=1e-3)
+        error = noise / len(near) ** 0.5
+        assert float(again.background_std[i]) == pytest.approx(error, rel=1e-3)
+    for name in ("counts", "valid", "saturated", "neighbours", "origin", "pedestal"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(seen, name))
+
+
+def test_the_second_measurement_is_the_better_one(frames: np.ndarray, source: np.ndarray) -> None:
+    """Of the true sources, which no fit has bent: the scatter of a mean of all pixels."""
+    seen = jit_observe(frames)
+    again = jit_remeasured(seen, source, np.zeros(FRAMES, np.float32))
+    for name, truth, scatter in (("level", LEVEL, NOISE / 11), ("noise", NOISE, NOISE / 242**0.5)):
+        before, after = (np.asarray(getattr(o, name), float) - truth for o in (seen, again))
+        assert abs(after.mean()) < 4 * scatter / FRAMES**0.5 + 2e-3 * NOISE  # the clipping's bias
+        assert 0.9 * scatter < after.std() < 1.1 * scatter
+        assert after.std() < 0.9 * before.std()
+    pull = (np.asarray(again.level) - LEVEL) / np.asarray(again.background_std)
+    assert 0.63 < np.mean(np.abs(pull) < 1) < 0.73
+
+
+def test_what_is_told_is_not_measured_once_more(frames: np.ndarray, source: np.ndarray) -> None:
+    few, sources, none = frames[:FEW], source[:FEW], np.zeros(FEW, np.float32)
+    plain = jit_remeasured(jit_observe(few), sources, none)
+    told = jit_remeasured(jit_observe(few, pedestal=7.0, background=LEVEL - 7), sources, none)
+    np.testing.assert_array_equal(told.background, np.full(FEW, LEVEL - 7))
+    np.testing.assert_array_equal(told.background_std, none)
+    np.testing.assert_allclose(told.noise, plain.noise, rtol=1e-6)
+    # Of a level that is estimated the pedestal is no part.
+    offset = jit_remeasured(jit_observe(few, pedestal=12.0), sources, none)
+    np.testing.assert_array_equal(offset.pedestal, np.full(FEW, 12.0))
+    np.testing.assert_allclose(offset.background, plain.background - 12, rtol=1e-5)
+    np.testing.assert_allclose(offset.noise, plain.noise, rtol=1e-6)
+    np.testing.assert_allclose(offset.background_std, plain.background_std, rtol=1e-6)
+
+
+def test_shot_noise_of_sky_and_targets_is_not_read_noise() -> None:
+    gain, photons, pedestal, noise = 4.0, 40.0, 20.0, 5.0
+    # An even brightness of all pixels, in the place of targets that cover the frame.
+    light = np.full((FRAMES, 11, 11), 60.0, np.float32)
+    frames = sky(FRAMES, gain, photons + 60.0, pedestal, noise)
+    none = np.zeros(FRAMES, np.float32)
+    seen = jit_observe(frames, gain=gain, pedestal=pedestal)
+    own = jit_remeasured(seen, light, none, gain)
+    variance = np.asarray(own.noise, float) ** 2
+    assert abs(variance.mean() - noise**2) < 4 * variance.std() / FRAMES**0.5 + 0.02 * noise**2
+    off = np.asarray(own.background, float) - photons
+    assert abs(off.mean()) < 4 * off.std() / FRAMES**0.5
+    # Neighbours are light as the window's own targets are.
+    both = jit_remeasured(seen.replace(neighbours=light / 4), light * 0.75, none, gain)
+    np.testing.assert_allclose(both.noise, own.noise, rtol=1e-3)
+    np.testing.assert_allclose(both.background, own.background, rtol=1e-5)
+    # Without a gain all of it is read noise.
+    plain = np.asarray(jit_remeasured(seen, light, none).noise, float) ** 2
+    assert abs(plain.mean() - noise**2 - (photons + 60) / gain) < 4 * plain.std() / FRAMES**0.5 + 1
+
+
+def test_the_second_measurement_is_bounded_by_the_first(digital: np.ndarray) -> None:
+    """A fit that leaves nothing does not make the noise vanish, nor that of rounding."""
+    few = digital[:FEW].astype(np.float32)
+    whole = jit_remeasured(jit_observe(few), few, np.zeros(FEW, np.float32))
+    assert (np.asarray(whole.noise) >= np.float32(ROUNDING)).all()
+    few = few + np.random.default_rng(0).normal(0, 1, few.shape).astype("f")
+    seen = jit_observe(few)
+    again = jit_remeasured(seen, few, np.full(FEW, 50, np.float32))
+    np.testing.assert_allclose(again.noise, 0.5 * seen.noise, rtol=1e-6)
+    assert_finite(again)
+
+
+def test_pixels_that_tell_nothing_are_not_measured(frames: np.ndarray, source: np.ndarray) -> None:
+    """Invalid and saturated ones; and no frame depends on the others."""
+    few, none = frames[:FEW].copy(), np.zeros(FEW, np.float32)
+    seen = jit_observe(few)
+    base = jit_remeasured(seen, source[:FEW], none)
+    out = np.zeros(few.shape, bool)
+    out[3, 2, 3:6] = True
+    broken = [
+        seen.replace(valid=~out, counts=np.where(out, np.float32(1e9), few)),
+        seen.replace(saturated=out, counts=np.where(out, np.float32(1e9), few)),
+    ]
+    others = np.arange(FEW) != 3
+    found = [jit_remeasured(o, source[:FEW], none) for o in broken]
+    for again in found:
+        assert_finite(again)
+        for name in ("noise", "background", "background_std"):
+            a, b = (np.asarray(getattr(o, name)) for o in (again, base))
+            np.testing.assert_array_equal(a[others], b[others])
+            np.testing.assert_array_equal(a, np.asarray(getattr(found[0], name)))
+        assert abs(float(again.background[3] - base.background[3])) < 0.2 * NOISE
 
 
 # --- what is known -----------------------------------------------------------------

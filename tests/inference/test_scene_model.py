@@ -10,16 +10,11 @@ import pytest
 from scipy.special import log_ndtr
 from scipy.stats import norm, qmc
 
+from dscsnet_jax.inference.intensity import Histogram, LogNormal, Uniform
+from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import (
-    Histogram,
-    Known,
-    LogNormal,
-    Uniform,
-    preset_prior,
-    scene_prior,
-)
-from dscsnet_jax.inference.scene_model import HARD, lanes_last, scene_model
+from dscsnet_jax.inference.prior import Known, preset_prior, scene_prior
+from dscsnet_jax.inference.scene_model import HARD, scene_model
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets
 

@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dscsnet_jax.inference.intensity import Histogram, IntensityPrior, LogNormal, Uniform
 from dscsnet_jax.inference.prior import (
-    Histogram,
-    IntensityPrior,
     Known,
-    LogNormal,
     ScenePrior,
-    Uniform,
     least_energy,
     log_free_share,
     preset_prior,

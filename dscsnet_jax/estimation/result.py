@@ -1,16 +1,17 @@
-"""Answer: what `unmix` returns, with its flags and goodness of fit."""
+"""Result: what `unmix` returns, with its flags and goodness of fit."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from dscsnet_jax.estimation.observe import Observation
-from dscsnet_jax.estimation.offgrid import Solved
-from dscsnet_jax.estimation.prior import ScenePrior
+from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources
+from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.targets import Targets
 
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
@@ -21,7 +22,7 @@ _UNEXPLAINED = 5.0  # standard deviations of chi square
 
 
 @dataclasses.dataclass(frozen=True)
-class Unmixed:
+class UnmixResult:
     """Targets of B frames with what is known about them, as NumPy arrays.
 
     Attributes:
@@ -35,14 +36,15 @@ class Unmixed:
       residual: (B,) root mean square of frame minus model over the valid pixels, counts.
       chi_square: (B,) mean over the valid pixels of the squared residual over its
         variance: about 1 where the model explains the frame; NaN for `grid`.
-      effective_size: (B, K) effective number of posterior samples; inf without sampling.
+      effective_sample_size: (B, K) of the posterior's chains; inf without sampling.
+      pedestal: (B,) electronic offset as given, or 0, counts.
       background, noise: (B,) as given or estimated, counts.
       sigma: (B, 2) PSF standard deviations as given or fitted, pixels.
       near_edge: (B, K) bool, target so close to the border that its PSF is cut off.
       saturated: (B, K) bool, a pixel within one pixel of the target is saturated.
-      unresolved: (B, K) bool, target that cannot be told from its neighbour, or is
-        probably several.
-      not_converged: (B, K) bool, the fit or its chains did not settle.
+      unresolved: (B, K) bool, target that its neighbour blends with, or that is probably
+        several.
+      not_converged: (B, K) bool, the fit or its chains did not converge.
       unexplained: (B,) bool, the residual is larger than the noise.
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out.
@@ -55,7 +57,8 @@ class Unmixed:
     count_probability: np.ndarray
     residual: np.ndarray
     chi_square: np.ndarray
-    effective_size: np.ndarray
+    effective_sample_size: np.ndarray
+    pedestal: np.ndarray
     background: np.ndarray
     noise: np.ndarray
     sigma: np.ndarray
@@ -82,111 +85,127 @@ class Unmixed:
         return np.where(np.asarray(self.targets.mask), text, "").astype(str)
 
 
-def grid_answer(
+def grid_result(
     observation: Observation,
     targets: Targets,
+    known: Known,
+    *,
     truncated: np.ndarray,
-    invalid: np.ndarray,
     maps: np.ndarray | None,
-) -> Unmixed:
-    """The read-out itself, without errors."""
-    slots = targets.mask.shape
-    shape = observation.counts.shape[1:]
-    source = frame_sources(observation, targets)
-    return Unmixed(
-        targets=targets,
+) -> UnmixResult:
+    """The read-out itself, without errors.
+
+    Args:
+      observation: B whole frames, NumPy arrays.
+      targets: read out, `Targets` (B, K, ...).
+      known: PSF.
+      truncated: (B,) bool, targets are missing.
+      maps: (B, cN, cM) counts, or None.
+    """
+    frames, slots = len(targets.mask), targets.mask.shape
+    source = frame_sources(targets, known.sigma, observation.counts)
+    return UnmixResult(
         std=np.full((*slots, 3), np.nan),
         interval=np.full((*slots, 3, 4), np.nan),
-        count_probability=np.full((slots[0], slots[1] + 1), np.nan),
-        residual=_residual(observation, source),
-        chi_square=np.full(slots[0], np.nan),
-        effective_size=np.full(slots, np.inf),
-        background=observation.background,
-        noise=observation.noise,
-        sigma=observation.sigma,
-        near_edge=_near_edge(targets, shape, observation.sigma),
-        saturated=_near_saturated(targets, observation.saturated),
+        count_probability=np.full((frames, slots[1] + 1), np.nan),
+        chi_square=np.full(frames, np.nan),
+        effective_sample_size=np.full(slots, np.inf),
         unresolved=np.zeros(slots, bool),
         not_converged=np.zeros(slots, bool),
-        unexplained=np.zeros(slots[0], bool),
+        unexplained=np.zeros(frames, bool),
         truncated=truncated,
-        invalid=invalid,
         maps=maps,
+        **_common(observation, targets, source, known),
     )
 
 
-def solved_answer(
+def solved_result(
     solved: Solved,
-    prior: ScenePrior,
-    truncated: np.ndarray,
-    invalid: np.ndarray,
-    maps: np.ndarray | None,
-) -> Unmixed:
-    """Flags and goodness of fit of a solution."""
-    seen, targets = solved.observation, solved.targets
-    shape = seen.counts.shape[1:]
-    chi_square, expected_spread = _chi_square(seen, solved.source)
-    return Unmixed(
-        targets=targets,
+    known: Known,
+    *,
+    truncated: np.ndarray | bool = False,
+    maps: np.ndarray | None = None,
+) -> UnmixResult:
+    """Flags and goodness of fit of a solution.
+
+    Args:
+      solved: of B frames.
+      known: PSF, gain and scene prior.
+      truncated: (B,) bool, targets were missing before.
+      maps: (B, cN, cM) counts, or None.
+    """
+    chi_square, expected_spread = _chi_square(solved.observation, solved.source, known)
+    return UnmixResult(
         std=solved.std,
         interval=solved.interval,
         count_probability=solved.count_probability,
-        residual=_residual(seen, solved.source),
         chi_square=chi_square,
-        effective_size=solved.effective_size,
-        background=seen.background,
-        noise=seen.noise,
-        sigma=seen.sigma,
-        near_edge=_near_edge(targets, shape, seen.sigma),
-        saturated=_near_saturated(targets, seen.saturated),
-        unresolved=_unresolved(targets, solved.std, prior, seen.sigma),
-        not_converged=np.asarray(targets.mask) & ~solved.converged,
+        effective_sample_size=solved.effective_sample_size,
+        unresolved=_unresolved(solved.targets, solved.std, known),
+        not_converged=np.asarray(solved.targets.mask) & ~solved.converged,
         unexplained=chi_square > 1 + _UNEXPLAINED * expected_spread,
         truncated=truncated | solved.truncated,
-        invalid=invalid,
         maps=maps,
+        **_common(solved.observation, solved.targets, solved.source, known),
     )
 
 
-def _residual(observation: Observation, source: np.ndarray) -> np.ndarray:
-    """(B,) root mean square residual of the valid, unsaturated pixels, counts."""
-    used = observation.valid & ~observation.saturated
-    left = observation.counts - observation.background[:, None, None] - source
-    return np.sqrt((left**2).sum((1, 2), where=used) / np.maximum(used.sum((1, 2)), 1))
+def _common(
+    seen: Observation, targets: Targets, source: np.ndarray, known: Known
+) -> dict[str, Any]:
+    """What is told of any answer."""
+    sigma = np.broadcast_to(known.sigma, 2)
+    used, left = _left(seen, source)
+    return {
+        "targets": targets,
+        "residual": np.sqrt((left**2).sum((1, 2), where=used) / np.maximum(used.sum((1, 2)), 1)),
+        "pedestal": seen.pedestal,
+        "background": seen.background,
+        "noise": seen.noise,
+        "sigma": np.broadcast_to(sigma, (len(seen.counts), 2)),
+        "near_edge": _near_edge(targets, seen.counts.shape[1:], sigma),
+        "saturated": _near_saturated(targets, seen.saturated),
+        "invalid": ~seen.valid.all((1, 2)),
+    }
 
 
-def _chi_square(observation: Observation, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _left(seen: Observation, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels that tell (B, N, M), and what is left of them with all targets subtracted."""
+    return seen.valid & ~seen.saturated, seen.counts - seen.level[:, None, None] - source
+
+
+def _chi_square(
+    seen: Observation, source: np.ndarray, known: Known
+) -> tuple[np.ndarray, np.ndarray]:
     """(B,) chi square per pixel, and its standard deviation if the noise is all there is."""
-    used = observation.valid & ~observation.saturated
-    left = observation.counts - observation.background[:, None, None] - source
-    gain = observation.gain[:, None, None]
-    variance = observation.noise[:, None, None] ** 2 + np.maximum(source, 0) / gain
+    used, left = _left(seen, source)
+    photons = np.maximum(seen.background[:, None, None] + source, 0)
+    shot = 0.0 if known.gain is None else photons / known.gain
     number = np.maximum(used.sum((1, 2)), 1)
-    return (left**2 / variance).sum((1, 2), where=used) / number, np.sqrt(2 / number)
+    total = (left**2 / (seen.noise[:, None, None] ** 2 + shot)).sum((1, 2), where=used)
+    return total / number, np.sqrt(2 / number)
 
 
-def _unresolved(
-    targets: Targets, std: np.ndarray, prior: ScenePrior, sigma: np.ndarray
-) -> np.ndarray:
+def _unresolved(targets: Targets, std: np.ndarray, known: Known) -> np.ndarray:
     """(B, K): a broad place, a neighbour within the errors, or no such scene as the prior's."""
     mask, position = np.asarray(targets.mask), np.asarray(targets.position)
     spread = np.sqrt((std[..., :2] ** 2).sum(-1))
     apart = np.sqrt(((position[:, :, None] - position[:, None, :]) ** 2).sum(-1))
     other = mask[:, :, None] & mask[:, None, :] & ~np.eye(mask.shape[1], dtype=bool)
     error = np.sqrt(spread[:, :, None] ** 2 + spread[:, None, :] ** 2) / 2**0.5
-    too_close = apart < float(prior.separation) - _SEPARATION_SLACK
+    too_close = apart < float(known.prior.separation) - _SEPARATION_SLACK
     blended = (other & ((apart < _UNRESOLVED_GAP * error) | too_close)).any(-1)
-    broad = ~(spread < _UNRESOLVED_PIXELS * sigma.mean(-1)[:, None] * 2**0.5)
+    broad = ~(spread < _UNRESOLVED_PIXELS * np.mean(known.sigma) * 2**0.5)
     found = blended | broad
-    if prior.intensity is not None:
-        brightest = float(prior.intensity[1])
+    if known.prior.intensity is not None:
+        brightest = float(known.prior.intensity.range[1])
         found |= np.asarray(targets.intensity) > brightest + 3 * std[..., 2]
     return mask & found
 
 
 def _near_edge(targets: Targets, shape: tuple[int, ...], sigma: np.ndarray) -> np.ndarray:
     position = np.asarray(targets.position)
-    reach = _EDGE_SIGMAS * sigma[:, None]
+    reach = _EDGE_SIGMAS * sigma
     low, high = -0.5 + reach, np.array(shape) - 0.5 - reach
     outside = (position < low) | (position > high)
     return outside.any(-1) & np.asarray(targets.mask)

@@ -1,0 +1,39 @@
+"""Lanes: arrays whose last axis is the vector lanes of the processor, one window each."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+import jax
+
+_Any = TypeVar("_Any", bound=Callable[..., Any])
+
+
+def lanes_last(function: _Any) -> _Any:
+    """Let a function's arrays be aligned at their last axes, whatever the user has set.
+
+    Numbers of windows broadcast over pixels and chains, which come in front of them.
+    """
+
+    @functools.wraps(function)
+    def aligned(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return cast(_Any, aligned)
+
+
+def sum_leading(terms: jax.Array) -> jax.Array:
+    """Sum over the leading axis; written out where windows are the last one.
+
+    The compiler's own reduction over it takes one lane at a time.
+    """
+    return terms.sum(0) if terms.ndim < 3 else sum_of(terms[i] for i in range(terms.shape[0]))
+
+
+def sum_of(terms: Iterable[jax.Array]) -> jax.Array:
+    """The sum of arrays, one after the other."""
+    return functools.reduce(operator.add, terms)

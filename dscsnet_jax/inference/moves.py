@@ -1,0 +1,110 @@
+"""Moves: what the sampler's chains propose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dscsnet_jax.inference.lanes import sum_of
+from dscsnet_jax.inference.scene_model import SceneModel
+from dscsnet_jax.inference.summary import numbered
+
+# Shares of the moves, in the order of `propose`.
+_MOVES = (0.65, 0.12, 0.03, 0.05, 0.15)
+_LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
+WALK = 0
+"""The kind of the move of all parameters."""
+NUM_FURTHER = 3
+"""Uniform numbers that moves need beside one for each parameter."""
+
+
+def kind_of(u: jax.Array) -> jax.Array:
+    """Which move; chosen at random, so that any number of moves in turn is reversible."""
+    return (u >= jnp.asarray(np.cumsum(_MOVES)[:-1], u.dtype)).sum(dtype=jnp.int32)
+
+
+def propose(
+    theta: jax.Array,
+    root: jax.Array,
+    model: SceneModel,
+    fitted: jax.Array,
+    kind: jax.Array,
+    u: jax.Array,
+) -> jax.Array:
+    """A symmetric proposal (3K+1, chains, L) of one kind, from uniform numbers.
+
+    All parameters at once; the cluster rotated or reflected about its centre of energy, which
+    makes blends that look alike; the intensities of two targets exchanged; one target over
+    lengths of many scales; two targets with their centre of energy held.
+
+    Args:
+      theta: (3K+1, chains, L) places.
+      root: (3K+1, 3K+1, L) of the covariance of a step of all parameters.
+      model: of L windows, (..., 1, L).
+      fitted: (3K+1, 1, L) the fit, by which targets are numbered.
+      kind: which move, see `kind_of`.
+      u: (3K+1 + `NUM_FURTHER`, chains, L) uniform numbers.
+    """
+    mask, size = model.mask, theta.shape[0]
+    centred = (u[:size] - 0.5) * 12**0.5
+
+    def walk() -> jax.Array:
+        stride = sum_of(root[:, q, None] * centred[q][None] for q in range(size))
+        return model.mirrored(theta + stride, theta)
+
+    def rotate() -> jax.Array:
+        energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
+        turned = _rotated(theta, energy, mask, 2 * np.pi * u[size + 2], u[size + 1] < 0.5)
+        return numbered(turned, fitted, mask)
+
+    def exchange() -> jax.Array:
+        v = theta[2:-1:3]
+        picked, second = (_one_of(u[size + i], mask) for i in (0, 1))
+        first, other = (jnp.where(p, v, 0).sum(0) for p in (picked, second))
+        swapped = jnp.where(picked, other, jnp.where(second, first, v))
+        return theta.at[2:-1:3].set(swapped)
+
+    def apart(both: bool) -> jax.Array:
+        first, second = (_one_of(u[size + i], mask) for i in (0, 1))
+        energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
+        own, other = ((energy * of).sum(0) for of in (first, second))
+        total = jnp.where(own + other > 0, own + other, 1)
+        share = first.astype(theta.dtype)
+        if both:
+            share = jnp.where(first, other / total, 0) - jnp.where(second, own / total, 0)
+        low, high = _LENGTHS
+        angle, length = 2 * np.pi * u[0], low * (high / low) ** u[size + 2]
+        off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
+        off = (off * length).reshape(-1, *off.shape[2:])
+        return theta.at[:-1].add(off)
+
+    moves: list[Callable[[], jax.Array]] = [walk, rotate, exchange, partial(apart, False)]
+    moves.append(partial(apart, True))
+    return jax.lax.switch(kind, moves)
+
+
+def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:
+    """(K, chains, L) bool: one of the targets present, by a uniform number."""
+    index = jnp.floor(u * mask.sum(0))
+    return mask & (jnp.cumsum(mask, axis=0) - 1 == index)
+
+
+def _rotated(
+    theta: jax.Array, energy: jax.Array, mask: jax.Array, angle: jax.Array, mirror: jax.Array
+) -> jax.Array:
+    """The targets rotated, or reflected, about their centre of energy, which stays."""
+    row, col, v = (theta[axis:-1:3] for axis in range(3))
+    total = energy.sum(0)
+    total = jnp.where(total > 0, total, 1)
+    row_off = row - (energy * row).sum(0) / total
+    col_off = col - (energy * col).sum(0) / total
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    sign = jnp.where(mirror, -1, 1)
+    new_row = row - row_off + cosine * row_off - sign * sine * col_off
+    new_col = col - col_off + sine * row_off + sign * cosine * col_off
+    table = jnp.stack([jnp.where(mask, new_row, row), jnp.where(mask, new_col, col), v], 1)
+    return jnp.concatenate([table.reshape(-1, *table.shape[2:]), theta[-1:]])

@@ -1,0 +1,123 @@
+"""Pixels: the likelihood of recorded counts, given what targets are expected to bring.
+
+With `mu` the expected counts and `var = noise^2 + max(photons, 0) / gain` a pixel's log
+likelihood is `-(y - mu)^2 / (2 var) - 1/2 log var`, and `log Phi((mu - y) / sd)` where it is
+saturated. Arrays are (N, M, ...), variances in those of a pixel without targets; `log_scale` is
+the rest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dscsnet_jax.inference.lanes import sum_leading
+from dscsnet_jax.inference.normal import inverse_mills, log_ndtr
+from dscsnet_jax.inference.observation import Observation
+
+
+class Pixels(NamedTuple):
+    """Log likelihood (N, M, ...) of pixels, its derivative by `mu`, and their information."""
+
+    value: jax.Array
+    slope: jax.Array
+    information: jax.Array
+
+
+def pixel_std(seen: Observation, gain: Any) -> jax.Array:
+    """(...,) standard deviation of a pixel without targets, counts."""
+    if gain is None:
+        return seen.noise
+    return jnp.sqrt(seen.noise**2 + jnp.maximum(seen.background, 0) / gain)
+
+
+def all_counts(seen: Observation, gain: Any) -> jax.Array:
+    """(...,) counts of windows (N, M, ...) above their level: the most a target can have."""
+    above = seen.counts - seen.neighbours - seen.level
+    total = jnp.where(seen.valid, jnp.maximum(above, 0), 0).sum((0, 1))
+    return jnp.maximum(total, pixel_std(seen, gain))
+
+
+def variance(
+    seen: Observation, gain: Any, source: jax.Array, t: jax.Array | float = 0.0
+) -> tuple[jax.Array, Any]:
+    """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`.
+
+    Args:
+      seen: the pixels.
+      gain: electrons per count; None: no shot noise.
+      source: (N, M, ...) expected counts of the targets.
+      t: (...,) error of the level, in its standard deviations.
+    """
+    if gain is None:
+        return jnp.broadcast_to(seen.noise**2, source.shape), 0.0
+    photons = seen.background + seen.background_std * t + seen.neighbours + source
+    slope = jnp.where(photons > 0, 1 / jnp.asarray(gain, source.dtype), 0)
+    return seen.noise**2 + photons * slope, slope
+
+
+def log_scale(seen: Observation, gain: Any) -> jax.Array:
+    """(...,) log likelihood that no target changes: `-log` of the noise, of every pixel."""
+    tells = (seen.valid & ~seen.saturated).sum((0, 1))
+    return -tells * jnp.log(pixel_std(seen, gain))
+
+
+def log_likelihood(
+    seen: Observation, gain: Any, censors: jax.Array, source: jax.Array, t: jax.Array
+) -> jax.Array:
+    """(...,) sum of `likelihoods(...).value`; arguments as there."""
+
+    def total(censors: bool) -> jax.Array:
+        residual, var = _misfit(seen, gain, source, t)
+        censored = log_ndtr(-residual) if censors else jnp.zeros_like(residual)
+        return sum_leading(
+            sum_leading(_chosen(seen, censored, _gaussian(seen, gain, residual, var)))
+        )
+
+    # All of it in each branch: what crosses the border of one is written to memory.
+    return jax.lax.cond(censors, partial(total, True), partial(total, False))
+
+
+def likelihoods(
+    seen: Observation, gain: Any, censors: jax.Array, source: jax.Array, t: jax.Array
+) -> Pixels:
+    """Log likelihoods of the pixels with derivative and information; arguments as of `variance`.
+
+    `censors` tells whether any pixel of the batch is saturated.
+    """
+    residual, var = _misfit(seen, gain, source, t)
+    slope, sd = variance(seen, gain, source, t)[1], jnp.sqrt(var)
+    by_mu = residual / sd + (residual**2 - 1) * slope / var / 2
+    information = 1 / var + (slope / var) ** 2 / 2
+    censored = jax.lax.cond(censors, log_ndtr, jnp.zeros_like, -residual)
+    by_sd = 1 / sd + residual * slope / var / 2
+    mills, excess = inverse_mills(residual, censored)
+    return Pixels(
+        _chosen(seen, censored, _gaussian(seen, gain, residual, var)),
+        _chosen(seen, mills * by_sd, by_mu),
+        _chosen(seen, mills * excess * by_sd**2, information),
+    )
+
+
+def _misfit(
+    seen: Observation, gain: Any, source: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Residuals in standard deviations, and the variances."""
+    var, _ = variance(seen, gain, source, t)
+    expected = seen.neighbours + source + (seen.level + seen.background_std * t)
+    # One root for all pixels where they share a variance.
+    return (seen.counts - expected) / (seen.noise if gain is None else jnp.sqrt(var)), var
+
+
+def _gaussian(seen: Observation, gain: Any, residual: jax.Array, var: jax.Array) -> jax.Array:
+    """Log likelihood of pixels that are not saturated."""
+    value = -(residual**2) / 2
+    return value if gain is None else value - jnp.log(var / pixel_std(seen, gain) ** 2) / 2
+
+
+def _chosen(seen: Observation, saturated: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """Values of saturated and of other pixels; 0 where nothing was seen."""
+    return jnp.where(seen.valid, jnp.where(seen.saturated, saturated, otherwise), 0)

@@ -1,0 +1,162 @@
+"""Simulation-based calibration of the posterior: are its intervals as often right as they say?
+
+    python experiments/calibration.py --num 2000
+
+draws scenes of one and two targets from each prior, records them with each sensor, and samples
+their posteriors at the true count. If the sampler is right, the truth falls between the quantiles
+of its interval as often as their levels say; chi-squared judges the histogram over them of row,
+col and intensity (Talts et al. 2018, with the quantiles that `Posterior` holds as bins).
+For the count it compares how many frames hold two targets with the sum of their probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import softmax
+from scipy.stats import chi2, norm
+
+from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.observation import Observation, observe
+from dscsnet_jax.inference.prior import Known, ScenePrior, scene_prior
+from dscsnet_jax.inference.program import select
+from dscsnet_jax.inference.sampler import sample
+from dscsnet_jax.inference.summary import LEVELS, Posterior
+from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.targets import Targets
+
+SIDE, MIDDLE, SIGMA, NOISE = 7, 3.0, 0.5, 2.0
+RANGE = (150.0, 250.0)
+APART = 1.2  # pixels; without a prior, nearer targets would feel where their intensities end
+COUNT = (0.0, 0.5, 0.5)
+PRIORS: dict[str, ScenePrior] = {
+    "none": scene_prior(),
+    "intensity": scene_prior(intensity=RANGE),
+    "separation": scene_prior(intensity=RANGE, separation=0.6, count=COUNT),
+    "cluster": scene_prior(
+        intensity=RANGE, separation=0.5, cluster_size=1.0, cluster_offset=-0.4, count=COUNT
+    ),
+}
+SENSORS: dict[str, dict[str, float]] = {
+    "gaussian": {},
+    "shot noise": {"gain": 1.0},
+    "background": {"gain": 1.0, "background": 100.0},
+    "saturation": {"saturation": 60.0},
+}
+
+
+class Drawn(NamedTuple):
+    """Scenes and their frames: `Targets` (B, 2, ...) and (B, N, N) counts."""
+
+    targets: Targets
+    frames: np.ndarray
+
+
+def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
+    """Scenes of a prior, recorded with a sensor.
+
+    Args:
+      prior: a name of `PRIORS`.
+      sensor: a name of `SENSORS`.
+      num: of scenes.
+      rng: of all that is drawn.
+    """
+    low, high = (-0.4, 0.6) if prior == "cluster" else (-1.5, 1.5)
+    apart = APART if prior in ("none", "intensity") else float(PRIORS[prior].separation)
+    places = rng.uniform(low, high, (num, 2, 2))
+    while (near := np.linalg.norm(places[:, 0] - places[:, 1], axis=1) < apart).any():
+        places[near] = rng.uniform(low, high, (near.sum(), 2, 2))
+    energy = rng.uniform(*RANGE, (num, 2))
+    mask = np.stack([np.ones(num, bool), rng.uniform(size=num) < COUNT[2]], 1)
+    targets = Targets(
+        np.where(mask[..., None], MIDDLE + places, 0).astype("f"),
+        np.where(mask, energy, 0).astype("f"),
+        mask,
+    )
+    known = SENSORS[sensor]
+    expected = np.asarray(render(targets, frame_size=SIDE, sigma=SIGMA), float)
+    photons = expected + known.get("background", 0.0)
+    recorded = rng.poisson(photons * known["gain"]) / known["gain"] if "gain" in known else photons
+    recorded = recorded + rng.normal(0, NOISE, recorded.shape)
+    return Drawn(targets, np.minimum(recorded, known.get("saturation", np.inf)).astype("f"))
+
+
+@jax.jit
+def _answer(seen: Observation, start: Targets, known: Known, key: jax.Array) -> Posterior:
+    return sample(seen, fit(seen, start, known).targets, known, key)
+
+
+@jax.jit
+def _evidence(seen: Observation, start: Targets, known: Known) -> jax.Array:
+    return select(seen, start, known).log_evidence
+
+
+def calibrate(prior: str, sensor: str, num: int, seed: int) -> dict[str, float]:
+    """Probabilities of so large a chi-squared, of row, col and intensity, and that of the count.
+
+    Args:
+      prior: a name of `PRIORS`.
+      sensor: a name of `SENSORS`.
+      num: of scenes.
+      seed: of scenes and chains.
+    """
+    drawn = draw(prior, sensor, num, np.random.default_rng(seed))
+    known: dict[str, Any] = {"background": 0.0} | SENSORS[sensor]
+    seen = observe(drawn.frames, noise=NOISE, **known)
+    told = Known(np.float32(SIGMA), None, PRIORS[prior])
+    if "gain" in known:
+        told = Known(np.float32(SIGMA), np.float32(known["gain"]), PRIORS[prior])
+    targets = jax.tree.map(jnp.asarray, drawn.targets)
+    answer = jax.tree.map(np.asarray, _answer(seen, targets, told, jax.random.key(seed)))
+    truth, mask = _numbered(drawn.targets, answer.targets.position), drawn.targets.mask
+    below = (answer.interval < truth[..., None]).sum(-1)
+    found = {}
+    for axis, name in enumerate(("row", "col", "intensity")):
+        histogram = np.bincount(below[mask][:, axis], minlength=len(LEVELS) + 1)
+        found[name] = _probability(histogram)
+    if told.prior.count is not None:
+        chance = softmax(np.asarray(_evidence(seen, targets, told)), axis=1)[:, 2]
+        off = (mask.sum(1) == 2).sum() - chance.sum()
+        spread = np.sqrt((chance * (1 - chance)).sum() + 1e-9)
+        found["count"] = float(2 * norm.sf(abs(off) / max(spread, 1)))
+    return found
+
+
+def _numbered(truth: Targets, place: np.ndarray) -> np.ndarray:
+    """(B, 2, 3) rows, cols and intensities in the order of the places (B, 2, 2)."""
+    table = np.concatenate([truth.position, truth.intensity[..., None]], -1)
+    both = truth.mask.all(1)
+    gain = ((table[:, 0, :2] - table[:, 1, :2]) * (place[:, 1] - place[:, 0])).sum(-1)
+    return np.where((both & (gain > 0))[:, None, None], table[:, ::-1], table)
+
+
+def _probability(histogram: np.ndarray) -> float:
+    """Of so large a chi-squared of a histogram over the quantiles."""
+    expected = np.diff(np.concatenate([[0], LEVELS, [1]])) * histogram.sum()
+    return float(chi2.sf(((histogram - expected) ** 2 / expected).sum(), len(LEVELS)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the probability of each histogram; under chance they are uniform in 0 .. 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num", type=int, default=2000)
+    parser.add_argument("--priors", nargs="+", default=list(PRIORS), choices=list(PRIORS))
+    parser.add_argument("--sensors", nargs="+", default=list(SENSORS), choices=list(SENSORS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    print(f"{args.num} scenes each, {jax.devices()[0].device_kind}")
+    run = partial(calibrate, num=args.num, seed=args.seed)
+    for prior in args.priors:
+        for sensor in args.sensors:
+            found = run(prior, sensor)
+            cells = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+            print(f"{prior:<12}{sensor:<12}{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

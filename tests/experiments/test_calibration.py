@@ -1,0 +1,25 @@
+"""Calibration: intervals are as often right as they say, for each prior and sensor."""
+
+import calibration
+import pytest
+
+NUM = 200
+LEAST = 1e-4  # of 56 probabilities one is below this by chance in 180 runs; seeds are fixed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sensor", calibration.SENSORS)
+@pytest.mark.parametrize("prior", calibration.PRIORS)
+def test_the_truth_is_as_often_within_an_interval_as_it_says(prior: str, sensor: str) -> None:
+    found = calibration.calibrate(prior, sensor, NUM, seed=1)
+    assert min(found.values()) > LEAST, found
+
+
+@pytest.mark.slow
+def test_error_bars_that_are_too_small_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    observe = calibration.observe
+    monkeypatch.setattr(
+        calibration, "observe", lambda frames, *, noise, **told: observe(frames, noise=1.0, **told)
+    )
+    found = calibration.calibrate("cluster", "gaussian", NUM, seed=1)
+    assert max(found[name] for name in ("row", "col")) < LEAST, found
