@@ -31,7 +31,17 @@ for _name, _value in _SETTINGS.items():
     if "cache" in _name:  # for processes that tests start
         os.environ[_name.upper()] = str(_value)
 
+_MAPS = Path("/proc/self/maps")
+_MANY_MAPS = 20_000  # Linux aborts a process that has 65,530; a program takes about a hundred
 _CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs before they take more mappings of memory than a process may have."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
