@@ -41,6 +41,10 @@ PRIORS: dict[str, ScenePrior] = {
     "cluster": scene_prior(
         intensity=RANGE, separation=0.5, cluster_size=1.0, cluster_offset=-0.4, count=COUNT
     ),
+    # Squares on whole pixels that overlap.
+    "wide cluster": scene_prior(
+        intensity=RANGE, separation=0.5, cluster_size=1.6, cluster_offset=-0.4, count=COUNT
+    ),
 }
 SENSORS: dict[str, dict[str, float]] = {
     "gaussian": {},
@@ -66,7 +70,8 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
       num: of scenes.
       rng: of all that is drawn.
     """
-    low, high = (-0.4, 0.6) if prior == "cluster" else (-1.5, 1.5)
+    offset, size = PRIORS[prior].cluster_offset, PRIORS[prior].cluster_size
+    low, high = (-1.5, 1.5) if offset is None else (offset, offset + size)
     apart = APART if prior in ("none", "intensity") else float(PRIORS[prior].separation)
     places = rng.uniform(low, high, (num, 2, 2))
     while (near := np.linalg.norm(places[:, 0] - places[:, 1], axis=1) < apart).any():

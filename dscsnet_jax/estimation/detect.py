@@ -11,7 +11,7 @@ import numpy as np
 from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
 from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.pixels import pixel_std
+from dscsnet_jax.inference.pixels import variance
 from dscsnet_jax.inference.prior import Known, least_energy
 from dscsnet_jax.physics.targets import Targets
 
@@ -54,7 +54,8 @@ def detect(
 
     def one(seen: Observation) -> Targets:
         residual = jnp.where(seen.valid, seen.counts - seen.neighbours - seen.level, 0)
-        weight = jnp.where(seen.valid, 1 / pixel_std(seen, known.gain) ** 2, 0)
+        spread = variance(seen, known.gain, jnp.zeros_like(seen.counts))[0]
+        weight = jnp.where(seen.valid, 1 / spread, 0)
         energy, ratio = matched_filter(residual, weight, known.sigma)
         highest = _largest_nearby(ratio)
         # Of equal neighbours the first in the order of the places is the peak.

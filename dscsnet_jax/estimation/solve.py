@@ -124,14 +124,16 @@ def solve(
     else:
         counted, crowded = selected(observation, start, known, greedy=greedy, max_targets=room)
     fits = [(w, s.fit.targets, _fit_values(s.fit)) for w, s in counted]
-    targets, values, over = windows.join(fits, num_frames, max_targets)
+    # What is too much is left out at the end: its neighbours' posteriors need it.
+    most = room if estimate == "mean" else max_targets
+    targets, values, over = windows.join(fits, num_frames, most)
     if estimate == "mean":
         if from_start:
             targets = windows.join([(w, w.targets, ()) for w, _ in counted], num_frames, room)[0]
         posteriors, more = sampled(observation, targets, known, seed=seed)
         fine = np.asarray(values[2].all(1, where=targets.mask)) if values else crowded
         means = [(w, p.targets, _mean_values(p, fine[w.frame])) for w, p in posteriors]
-        targets, values, _ = windows.join(means, num_frames, max_targets)
+        targets, values, over = windows.join(means, num_frames, max_targets)
         crowded = crowded | more
     slots = targets.mask.shape
     std, interval, converged, effective = values or (

@@ -275,7 +275,8 @@ def _observed(
     for name, value in told.items():
         least = -np.inf if name in ("pedestal", "background") else 0
         if not (least <= value < np.inf and value != -np.inf):
-            raise ValueError(f"{name} must be finite counts, at least {least}, got {value!r}")
+            bound = "" if least else ", at least 0"
+            raise ValueError(f"{name} must be finite counts{bound}, got {value!r}")
     for name, value in {"saturation": saturation, "gain": 1.0 if gain is None else gain}.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value!r}")

@@ -111,6 +111,9 @@ def _without_faintest(targets: Targets, std: jax.Array) -> Targets:
 def closest_pair(targets: Targets) -> tuple[jax.Array, jax.Array]:
     """Distance (..., ) of the closest pair, pixels, and its number among the pairs."""
     slots = targets.mask.shape[-1]
+    if slots < 2:
+        alone = targets.intensity.sum(-1)
+        return jnp.full_like(alone, jnp.inf), jnp.zeros(alone.shape, jnp.int32)
     first, second = np.triu_indices(slots, 1)
     apart = targets.position[..., first, :] - targets.position[..., second, :]
     both = targets.mask[..., first] & targets.mask[..., second]
@@ -119,6 +122,8 @@ def closest_pair(targets: Targets) -> tuple[jax.Array, jax.Array]:
 
 
 def _with_closest_merged(targets: Targets) -> Targets:
+    if len(targets.mask) < 2:
+        return targets
     first, second = np.triu_indices(len(targets.mask), 1)
     pair = closest_pair(targets)[1]
     a, b = jnp.asarray(first)[pair], jnp.asarray(second)[pair]

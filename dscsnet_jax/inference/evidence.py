@@ -9,6 +9,8 @@ The prior is that of unordered targets, so it holds the `log n!` ways to number 
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,9 @@ _QUARTIC = 1.35 / 2 * (3 / (16 * np.pi)) ** 0.5
 
 
 @lanes_last
-def log_evidence(best: Fit, observation: Observation, known: Known) -> jax.Array:
+def log_evidence(
+    best: Fit, observation: Observation, known: Known, *, limits: bool = True
+) -> jax.Array:
     """Laplace evidence of fits, in full: of one window, counts and models compare.
 
     Without a prior of the intensities, any up to the window's flux is as likely; without
@@ -37,28 +41,37 @@ def log_evidence(best: Fit, observation: Observation, known: Known) -> jax.Array
       best: fits of B windows.
       observation: the windows.
       known: PSF, gain and scene prior.
+      limits: that targets are within the window and their intensities not negative.
 
     Returns:
       (B,) natural logarithms, without `-1/2 log(2 pi)` of each pixel; -inf for counts the
-      prior excludes, targets outside the window and negative intensities.
+      prior excludes and beyond the limits.
 
     References:
       D. J. C. MacKay, Information Theory, Inference, and Learning Algorithms, 2003, ch. 27.
     """
     censors = jnp.asarray(observation.saturated).any()
-    return jax.vmap(_log_evidence, (0, 0, 0, None, None))(
+    return jax.vmap(partial(_log_evidence, limits=limits), (0, 0, 0, None, None))(
         best.theta, best.targets.mask, observation, known, censors
     )
 
 
 def _log_evidence(
-    theta: jax.Array, mask: jax.Array, observation: Observation, known: Known, censors: jax.Array
+    theta: jax.Array,
+    mask: jax.Array,
+    observation: Observation,
+    known: Known,
+    censors: jax.Array,
+    *,
+    limits: bool,
 ) -> jax.Array:
     model = scene_model(observation, mask, known, censors=censors)
     at = model.quadratic(theta)
     dimension = (3 * mask.sum() + 1).astype(theta.dtype)
     total = -at.cost - _log_determinant(theta, at.information, model) / 2
     total = total + dimension * float(np.log(2 * np.pi) / 2) + model.log_normalisation(theta)
+    if not limits:
+        return total
     return jnp.where(_impossible(model.unpack(theta), observation), -jnp.inf, total)
 
 

@@ -38,6 +38,16 @@ class Uniform:
     low: Any
     high: Any
 
+    def checked(self) -> Uniform:
+        """Itself.
+
+        Raises:
+          ValueError: for an empty or negative range.
+        """
+        if not 0 <= self.low <= self.high < np.inf:
+            raise ValueError(f"intensity must be a range 0 <= low <= high, got {self}")
+        return self
+
     def value(self, v: jax.Array) -> jax.Array:
         """Intensity of `v`, counts."""
         return self.quantile(_cdf(v))
@@ -81,6 +91,16 @@ class LogNormal:
 
     log_mean: Any
     log_std: Any
+
+    def checked(self) -> LogNormal:
+        """Itself.
+
+        Raises:
+          ValueError: for moments that are not finite, or a negative standard deviation.
+        """
+        if not (np.isfinite(self.log_mean) and 0 <= self.log_std < np.inf):
+            raise ValueError(f"log_mean and log_std >= 0 must be finite, got {self}")
+        return self
 
     def value(self, v: jax.Array) -> jax.Array:
         """Intensity of `v`, counts."""
@@ -128,6 +148,19 @@ class Histogram:
 
     edges: Any
     share: Any
+
+    def checked(self) -> Histogram:
+        """Itself, with shares of sum 1.
+
+        Raises:
+          ValueError: for edges that do not rise from at least 0, or shares of no density.
+        """
+        edges, share = np.asarray(self.edges), np.asarray(self.share)
+        if not (edges.shape == (len(share) + 1,) and edges[0] >= 0 and (np.diff(edges) > 0).all()):
+            raise ValueError(f"edges must rise from at least 0, one more than shares, got {edges}")
+        if not ((share >= 0).all() and 0 < share.sum() < np.inf):
+            raise ValueError(f"shares must be relative probabilities, got {share}")
+        return Histogram(edges, share / share.sum())
 
     def _bins(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """First edge and `dI/du` of the bins of `u`, and what of `u` is within."""

@@ -76,18 +76,17 @@ def scene_prior(
     """A checked `ScenePrior`; arguments as there, a pair of intensities is their range.
 
     Raises:
-      ValueError: for an empty or negative range, a negative length, counts that are
-        no probabilities, or an unknown law of the places.
+      ValueError: for an empty or negative range, a density that is none, a negative length,
+        counts that are no probabilities, or an unknown law of the places.
 
     Example:
       >>> scene_prior(intensity=(220, 250), separation=0.5).separation
       0.5
     """
     if isinstance(intensity, tuple | list):
-        low, high = intensity
-        if not 0 <= low <= high < np.inf:
-            raise ValueError(f"intensity must be a range 0 <= low <= high, got {intensity}")
-        intensity = Uniform(float(low), float(high))
+        intensity = Uniform(*map(float, intensity))
+    if intensity is not None:
+        intensity = intensity.checked()
     if not 0 <= separation < np.inf:
         raise ValueError(f"separation must be finite and at least 0, got {separation}")
     if cluster_size is not None and not separation < cluster_size < np.inf:

@@ -206,6 +206,8 @@ def _search(
 
     def turn(state: _Search) -> _Search:
         state = jax.lax.switch(jnp.minimum(state.phase, len(advance) - 1), advance, state)
+        if phases <= _HEAT_ONE:
+            return state
         begins = state.phase == _HEAT_ONE
         return jax.lax.cond(begins, partial(_compare, windows, known, only_add), _same, state)
 

@@ -1,10 +1,10 @@
 """Sampler: average over all scenes that explain a window, instead of the best one.
 
 Metropolis chains, several a window, started around the fit. Their steps have the shape of its
-covariance at first, then more and more that of the samples so far, whose length is tuned (an
-adaptation that dies out: Haario, Saksman and Tamminen 2001). The maximum is a poor answer where
-the posterior is broad or cut off by the prior; its mean has the least squared error, and its
-spread is the error. Windows whose chains disagree go on for longer turns.
+covariance at first, then more and more that of the samples so far (an adaptation that dies out:
+Haario, Saksman and Tamminen 2001); their length is tuned in a burn-in. The maximum is a poor
+answer where the posterior is broad or cut off by the prior; its mean has the least squared
+error, and its spread is the error. Windows whose chains disagree go on for longer turns.
 
 Windows run along the last axis, the vector lanes of the processor. They share uniform random
 numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
@@ -253,11 +253,11 @@ def _run(
 
     def density(theta: jax.Array) -> jax.Array:
         """Log posterior of targets numbered as they are fitted: the steps' shape is theirs."""
-        total = model.log_likelihood(theta) + model.log_prior(theta)
+        total = model.log_likelihood(theta) + model.log_prior(theta) + model.log_squares(theta)
         return jnp.where(is_numbered(theta, fitted, mask), total, -jnp.inf)
 
     def slope(theta: jax.Array) -> jax.Array:
-        """Derivative of the log density (chains, L) by the logarithm of the PSF's width."""
+        """Derivative of the log likelihood (chains, L) by the logarithm of the PSF's width."""
         if not width_slope:
             return jnp.zeros(theta.shape[1:], theta.dtype)
 
@@ -276,7 +276,7 @@ def _run(
         draw = partial(jax.random.uniform, dtype=theta.dtype)
         numbers = (size + NUM_FURTHER + 2, num_chains)
         shift = jnp.moveaxis(jax.vmap(partial(draw, shape=numbers))(own), 0, -1)
-        learning = jax.lax.rsqrt(1 + number.astype(theta.dtype))
+        learning = jnp.where(number < num_burn_in, jax.lax.rsqrt(1 + number.astype(theta.dtype)), 0)
 
         def step(carry: tuple[_State, jax.Array], drawn: jax.Array) -> tuple[tuple, None]:
             state, taken = carry
@@ -286,7 +286,7 @@ def _run(
             root = jnp.exp(state.log_length) * state.root
             proposed = propose(state.theta, root, model, fitted, kind, u)
             new = density(proposed)
-            share = jnp.exp(jnp.minimum(new - state.density, 0))
+            share = jnp.where(new > -jnp.inf, jnp.exp(jnp.minimum(new - state.density, 0)), 0)
             accepted = u[-1] < share
             rate = share.mean(0)
             tune = jnp.where(kind == WALK, learning, 0) * (rate - _ACCEPTANCE)

@@ -146,6 +146,12 @@ class SceneModel:
         room = self._room(theta)
         return total if room is None else total + sum_leading(jnp.log(room))
 
+    def log_squares(self, theta: jax.Array) -> jax.Array:
+        """(...,) log of the number of squares on whole pixels that hold all targets."""
+        if self.known.prior.cluster_offset is None:
+            return jnp.zeros_like(theta[-1])
+        return sum_of(jnp.log(self._square(place).number) for place in _parts(theta)[:2])
+
     def log_places(self, theta: jax.Array) -> jax.Array:
         """(...,) log of the places' density against that of joint draws without a separation."""
         prior = self.known.prior
@@ -173,7 +179,6 @@ class SceneModel:
         `log p(n)`, that of the places, `log n!`, and `-1/2 log 2 pi` of each `v` and of `t`.
         """
         prior = self.known.prior
-        row, col, *_ = _parts(theta)
         number = self.mask.sum(0)
         log_area = jnp.log(self._area())
         total = self.log_places(theta) + jax.lax.lgamma(number + jnp.ones((), theta.dtype))
@@ -182,8 +187,7 @@ class SceneModel:
         else:
             total = total - jnp.where(number > 0, log_area, 0)
             total = total - 2 * number * jnp.log(jnp.asarray(prior.cluster_size, theta.dtype))
-            if prior.cluster_offset is not None:
-                total = total + sum_of(jnp.log(self._square(p).number) for p in (row, col))
+            total = total + self.log_squares(theta)
         if prior.intensity is not None and not self.uniform:  # else `v` is uniform up to 1
             total = total - number * _LOG_ROOT_2PI
         if prior.count is not None:
@@ -258,7 +262,8 @@ class SceneModel:
     def mirrored(self, theta: jax.Array, at: jax.Array) -> jax.Array:
         """`theta` mirrored at the ends of its ranges: those of `u`, and of the square around `at`.
 
-        A symmetric proposal from `at` stays one, and none is wasted beyond the ranges.
+        A symmetric proposal from `at` stays one, and none is wasted beyond the ranges. Larger
+        squares than a pixel overlap: the way back could begin in another, so there is no mirror.
         """
         row, col, v, _ = _parts(theta)
         prior = self.known.prior
@@ -267,7 +272,7 @@ class SceneModel:
         if prior.cluster_offset is not None:
             size, begins = prior.cluster_size, [self._square(p).begin for p in _parts(at)[:2]]
             row, col = (
-                begin + size * _folded((place - begin) / size)
+                jnp.where(size <= 1, begin + size * _folded((place - begin) / size), place)
                 for place, begin in zip((row, col), begins, strict=True)
             )
         table = jnp.stack([row, col, v], 1)

@@ -13,6 +13,7 @@ import pytest
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known, preset_prior
 from dscsnet_jax.inference.program import estimate, fit_windows, select
+from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -51,6 +52,13 @@ def clusters():
         lambda a: jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2)), scene.targets
     )
     return observe(scene.frames, noise=1.0, background=0.0), truth, known
+
+
+def test_one_slot_is_enough_for_one_target():
+    truth = from_lists([[(3.0, 3.2, 200.0)]], 1)
+    seen = observe(render(truth, frame_size=7, sigma=0.5), noise=1.0, background=0.0)
+    found = jax.jit(select)(seen, truth, Known(sigma=np.float32(0.5)))
+    np.testing.assert_allclose(found.fit.targets.position, [[[3.0, 3.2]]], atol=1e-3)
 
 
 def test_counts_are_found_from_a_wrong_start(clusters):

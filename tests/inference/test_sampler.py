@@ -146,6 +146,17 @@ def test_numbering_is_that_of_the_fit():
     assert is_numbered(found, fitted, mask)
 
 
+def test_steps_keep_their_length_where_chains_begin_out_of_order():
+    """Of many faint targets some chains begin numbered unlike the fit, with no density at all."""
+    places = np.random.default_rng(0).uniform(2.5, 3.5, (32, 6, 2))
+    faint = single(from_lists([[(row, col, 5.0) for row, col in rows] for rows in places]))
+    seen = observe(np.zeros((32, 7, 7), "f"), noise=5.0, background=0.0)
+    known = Known(sigma=np.float32(0.5), prior=scene_prior(intensity=(0, 10)))
+    draw = jax.jit(lambda seen, start: sample(seen, start, known, jax.random.key(0), thinning=2))
+    acceptance = np.asarray(draw(seen, faint).acceptance)
+    assert (acceptance > 0.05).all()  # NaN is not
+
+
 def test_too_few_chains_are_refused(pairs):
     seen, truth, known = pairs
     with pytest.raises(ValueError, match="at least 2 chains"):

@@ -217,8 +217,11 @@ def test_given_values_arrive_and_probabilities_are_normalised() -> None:
     assert prior.log_free_share == log_free_share(0.25)
     assert prior.places == "sequential"
     assert least_energy(prior) == 50
-    for law in (LogNormal(5.0, 0.5), Histogram(EDGES, SHARE)):
-        assert scene_prior(intensity=law).intensity is law
+    law = LogNormal(5.0, 0.5)
+    assert scene_prior(intensity=law).intensity is law
+    found = scene_prior(intensity=Histogram(EDGES, 3 * np.asarray(SHARE))).intensity
+    np.testing.assert_allclose(found.share, SHARE)
+    np.testing.assert_array_equal(found.edges, EDGES)
     assert least_energy(scene_prior(intensity=Histogram(EDGES, SHARE))) == 25
     # A length without a square is one of pixels: its free share is not known beforehand.
     assert scene_prior(separation=0.5).log_free_share == (0.0,)
@@ -252,6 +255,24 @@ def test_given_values_arrive_and_probabilities_are_normalised() -> None:
 def test_impossible_priors_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message} must be"):
         scene_prior(**given)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        Uniform(5.0, 3.0),
+        LogNormal(5.0, -1.0),
+        LogNormal(np.inf, 1.0),
+        Histogram([0.0, 1.0, 1.0], [0.5, 0.5]),
+        Histogram([-1.0, 1.0], [1.0]),
+        Histogram([0.0, 1.0], [0.5, 0.5]),
+        Histogram([0.0, 1.0, 2.0], [1.0, -0.5]),
+        Histogram([0.0, 1.0, 2.0], [0.0, 0.0]),
+    ],
+)
+def test_densities_that_are_none_are_refused(law: IntensityPrior) -> None:
+    with pytest.raises(ValueError, match=r"must (be|rise)"):
+        scene_prior(intensity=law)
 
 
 def test_unknown_places_are_refused() -> None:
