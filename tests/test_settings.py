@@ -50,15 +50,6 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS)
 pytestmark = pytest.mark.usefixtures("cache", "quick_compilation")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compile fast: the programs run a few times only."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def few_targets() -> Iterator[None]:
     """Presets of few targets compile faster."""

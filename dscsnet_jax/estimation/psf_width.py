@@ -10,7 +10,7 @@ from scipy import optimize
 
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.blocks import in_blocks
-from dscsnet_jax.estimation.solve import fitted, sampled_windows, selected
+from dscsnet_jax.estimation.solve import fitted, joined, sampled_windows, selected
 from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.observation import Observation
@@ -89,8 +89,7 @@ def fit_width(
     for reach in _REACHES:
         trial = widened(log_factor)
         counted, _ = selected(observation, start, trial, greedy=greedy, max_targets=slots)
-        parts: list = [(w, s.fit.targets, ()) for w, s in counted]
-        start = windows.join(parts, num_frames, slots)[0]
+        start = joined([(w, s.fit) for w, s in counted], num_frames, slots)
         if not start.mask.any():
             raise ValueError("without targets the width of the PSF cannot be fitted")
         log_factor = optimize.minimize_scalar(

@@ -116,7 +116,7 @@ def solve(
     room = max(max_targets, start.mask.shape[1])
     if estimate_noise:
         parts, _ = fitted(observation, start, known, num_free_slots=1)
-        start = _joined(parts, num_frames, room)
+        start = joined(parts, num_frames, room)
         observation = _remeasured(observation, start, known)
     if fixed_count:
         parts, crowded = fitted(observation, start, known, num_free_slots=0)
@@ -207,7 +207,7 @@ def selected(
         cuts, full = windows.cut(some, start, shapes, sigma=known.sigma, num_free_slots=1)
         crowded[todo] |= full
         counted = [(w, _run(partial(_select, only_add=greedy), w, known)) for w in cuts]
-        found = _joined([(w, s.fit) for w, s in counted], len(todo), max_targets)
+        found = joined([(w, s.fit) for w, s in counted], len(todo), max_targets)
         more = _with_missed(some, found, known, max_targets)
         unfinished = more.mask.sum(1) > found.mask.sum(1)
         for w, s in counted:  # no slot left to add another target: a larger window has some
@@ -315,7 +315,7 @@ def _with_missed(
     )
 
 
-def _joined(parts: list[tuple[Windows, Fit]], num_frames: int, max_targets: int) -> Targets:
+def joined(parts: list[tuple[Windows, Fit]], num_frames: int, max_targets: int) -> Targets:
     """Fitted targets of frames, without what is known about them."""
     return windows.join([(w, fit.targets, ()) for w, fit in parts], num_frames, max_targets)[0]
 

@@ -207,7 +207,7 @@ def _start(
         off = jnp.einsum("pq,cq->cp", root, spread, precision="highest")
         return _Chains(fitted + length * off, fitted, root, jnp.log(length))
 
-    return jax.vmap(one)(windows, jax.tree.map(jnp.asarray, start), keys)
+    return jax.vmap(one)(windows, start, keys)
 
 
 def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
@@ -311,10 +311,10 @@ def _run(
                 density=jnp.where(accepted, new.density, state.density),
                 log_places=jnp.where(accepted, log_places, state.log_places),
             )
-        new = _learned(new, number)
+        new = learned(new, number)
         return new, (new.theta, taken / (thinning * times), slope(new.theta))
 
-    def _learned(state: _State, number: jax.Array) -> _State:
+    def learned(state: _State, number: jax.Array) -> _State:
         """The covariance of the places so far shapes the steps."""
         weight = _FIRST_WEIGHT + num_chains * (number + 1).astype(theta.dtype)
         off = state.theta - state.mean[:, None]

@@ -54,39 +54,17 @@ class Posterior:
 
 def numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Array:
     """`theta` (3K+1, ...) with its targets exchanged, pair by pair, to be near to the fitted."""
-    table = theta[:-1].reshape(-1, 3, *theta.shape[1:])
-    reference = fitted[:-1].reshape(-1, 3, *fitted.shape[1:])
-    pairs = _pairs(len(table))
-    if not pairs:
-        return theta
-    first, second = jnp.asarray(np.array(pairs, np.int32).T)
-
-    def exchange(i: jax.Array, table: jax.Array) -> jax.Array:
-        # |a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2, multiplied out
-        a, b = first[i % len(pairs)], second[i % len(pairs)]
-        gain = ((table[a] - table[b]) * (reference[b] - reference[a]))[:2].sum(0)
-        swap = (gain > 0) & mask[a] & mask[b]
-        one, other = jnp.where(swap, table[b], table[a]), jnp.where(swap, table[a], table[b])
-        return table.at[a].set(one).at[b].set(other)
-
-    # A loop: written out, the compiler works out each exchange anew for all that follow.
-    table = jax.lax.fori_loop(0, 2 * len(pairs), exchange, table)
+    table = _exchanged(_table(theta), _table(fitted), mask)
     return jnp.concatenate([table.reshape(-1, *theta.shape[1:]), theta[-1:]])
 
 
 def is_numbered(theta: jax.Array, fitted: jax.Array, mask: jax.Array) -> jax.Array:
     """(...,) bool: no exchange of two targets of `theta` brings them nearer to the fitted."""
-    table = theta[:-1].reshape(-1, 3, *theta.shape[1:])
-    reference = fitted[:-1].reshape(-1, 3, *fitted.shape[1:])
+    table, reference = _table(theta), _table(fitted)
     fine = jnp.ones(theta.shape[1:], bool)
     for a, b in _pairs(len(table)):
-        gain = ((table[a] - table[b]) * (reference[b] - reference[a]))[:2].sum(0)
-        fine &= ~((gain > 0) & mask[a] & mask[b])
+        fine &= ~_nearer(table[a], table[b], reference[a], reference[b], mask[a] & mask[b])
     return fine
-
-
-def _pairs(slots: int) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(slots) for b in range(a + 1, slots)]
 
 
 def sorted_out(samples: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
@@ -95,22 +73,45 @@ def sorted_out(samples: jax.Array, reference: jax.Array, mask: jax.Array) -> jax
     Pairs are exchanged as long as that brings them nearer to their places, first those
     of the reference, then those of the mean.
     """
-    pairs = list(zip(*np.triu_indices(samples.shape[1], 1), strict=True))
+    mask = mask[:, None]
+    once = _exchanged(jnp.moveaxis(samples, 0, 2), reference[:, :, None], mask)
+    return jnp.moveaxis(_exchanged(once, once.mean(2, keepdims=True), mask), 2, 0)
 
-    def exchange(samples: jax.Array, reference: jax.Array) -> jax.Array:
-        targets = [samples[:, k] for k in range(samples.shape[1])]
-        for a, b in [*pairs, *pairs]:
-            # |a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2, multiplied out
-            gain = ((targets[a] - targets[b]) * (reference[b] - reference[a]))[:, :2].sum(1)
-            swap = ((gain > 0) & mask[a] & mask[b])[:, None]
-            targets[a], targets[b] = (
-                jnp.where(swap, targets[b], targets[a]),
-                jnp.where(swap, targets[a], targets[b]),
-            )
-        return jnp.stack(targets, 1)
 
-    once = exchange(samples, reference)
-    return exchange(once, once.mean(0))
+def _table(theta: jax.Array) -> jax.Array:
+    """(K, 3, ...) rows, cols and `v`."""
+    return theta[:-1].reshape(-1, 3, *theta.shape[1:])
+
+
+def _pairs(slots: int) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(slots) for b in range(a + 1, slots)]
+
+
+def _exchanged(table: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
+    """Targets (K, 3, ...) exchanged, in two passes over all pairs, to be near to a reference."""
+    pairs = _pairs(len(table))
+    if not pairs:
+        return table
+    first, second = jnp.asarray(np.array(pairs, np.int32).T)
+
+    def exchange(i: jax.Array, table: jax.Array) -> jax.Array:
+        a, b = first[i % len(pairs)], second[i % len(pairs)]
+        swap = _nearer(table[a], table[b], reference[a], reference[b], mask[a] & mask[b])
+        one, other = jnp.where(swap, table[b], table[a]), jnp.where(swap, table[a], table[b])
+        return table.at[a].set(one).at[b].set(other)
+
+    # A loop: written out, the compiler works out each exchange anew for all that follow.
+    return jax.lax.fori_loop(0, 2 * len(pairs), exchange, table)
+
+
+def _nearer(
+    one: jax.Array, other: jax.Array, to: jax.Array, to_other: jax.Array, both: jax.Array
+) -> jax.Array:
+    """Whether two targets (3, ...) are nearer to their places exchanged, if both are there.
+
+    `|a - ra|^2 + |b - rb|^2 > |a - rb|^2 + |b - ra|^2`, multiplied out.
+    """
+    return (((one - other) * (to_other - to))[:2].sum(0) > 0) & both
 
 
 def nothing(like: Posterior) -> Posterior:

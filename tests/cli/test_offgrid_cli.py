@@ -8,11 +8,9 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,15 +31,6 @@ MEAN, CELLS = "dscsnet (mean)", "grid (cells: reference rule)"
 
 Captured = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("cache", "quick_compilation")
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compile fast: the programs run a few times only."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def light_preset(name: str, **changes: Any) -> scene.Preset:

@@ -25,15 +25,12 @@ def light_preset(name: str, **changes: Any) -> scene.Preset:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compile fast and keep nothing: the programs run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+def quick_compilation(quick_compilation: None) -> Iterator[None]:
+    """Keep nothing as well: the programs run once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dscsnet_jax.cli._keep_compilations", lambda: None)
         patch.setattr(simulate, "get_preset", light_preset)
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_varied_frames_are_written_unrounded_with_the_nominal_sigma(

@@ -33,13 +33,7 @@ OPTIMISER = make_optimiser(
 BATCH = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compile in a third of the time; the programs run a few times only."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def state_at(step: int, seed: int = 0, width: int = 3) -> TrainState:

@@ -49,13 +49,7 @@ LOGGED = [2, 4, 6]
 Hook = Callable[[int, TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compile in a third of the time; the programs run a few times only."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def make_config(**changes: Any) -> ml_collections.ConfigDict:

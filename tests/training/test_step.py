@@ -1,7 +1,6 @@
 """Step: against the same update written out by hand, its schedule and its data."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,13 +44,7 @@ SEED, BATCH, WIDTH = 3, 16, 0.35
 train_keys = functools.partial(frame_keys, SEED, "train")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compile in a third of the time; the programs run a few times only."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def learning_rate(step: int) -> float:
