@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.inference import spd
-from dscsnet_jax.inference.fit import Fit
+from dscsnet_jax.inference.fit import Fit, scaled
 from dscsnet_jax.inference.intensity import IntensityPrior
 from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.matched_filter import matched_filter, places
@@ -184,15 +184,11 @@ def _with_one_split(
     shapes = jnp.stack([moments[0][a][:, :, None] * moments[1][b][:, None, :] for a, b in pairs], 1)
     shapes = shapes * targets.intensity[:, None, None, None] / 2
     shapes = shapes * jnp.array([1.0, 1.0, 2.0], shapes.dtype)[None, :, None, None]
-    normal = jnp.einsum("ksij,ktij,ij->kst", shapes, shapes, weight, precision="highest")
-    right = jnp.einsum("ksij,ij->ks", shapes, weight * residual, precision="highest")
-    diagonal = jnp.diagonal(normal, axis1=-2, axis2=-1)
-    scale = jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1))
-    inverse, _ = spd.inverse(
-        jnp.where(np.eye(3) > 0, 1, normal * scale[:, :, None] * scale[:, None, :])
-    )
-    solution = scale * jnp.einsum("kst,kt->ks", inverse, scale * right, precision="highest")
-    rr, cc, rc = jnp.moveaxis(solution, -1, 0)
+    normal = jnp.einsum("ksij,ktij,ij->stk", shapes, shapes, weight, precision="highest")
+    right = jnp.einsum("ksij,ij->sk", shapes, weight * residual, precision="highest")
+    unit, scale = scaled(normal, jnp.ones(right.shape, bool))
+    inverse, _ = spd.inverse(unit)
+    rr, cc, rc = scale * jnp.einsum("stk,tk->sk", inverse, scale * right, precision="highest")
     middle, radius = (rr + cc) / 2, jnp.sqrt(((rr - cc) / 2) ** 2 + rc**2)
     chosen = jnp.argmax(jnp.where(targets.mask, (middle + radius) * targets.intensity, -jnp.inf))
     angle = jnp.arctan2(2 * rc[chosen], rr[chosen] - cc[chosen]) / 2

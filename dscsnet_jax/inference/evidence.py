@@ -9,18 +9,16 @@ The prior is that of unordered targets, so it holds the `log n!` ways to number 
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import Fit, present_of, scaled
-from dscsnet_jax.inference.lanes import lanes_last
+from dscsnet_jax.inference.lanes import lanes_last, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
+from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model, spread, theta_of
 from dscsnet_jax.physics.optics import psf_sigma
 from dscsnet_jax.physics.targets import Targets
 
@@ -50,38 +48,25 @@ def log_evidence(
     References:
       D. J. C. MacKay, Information Theory, Inference, and Learning Algorithms, 2003, ch. 27.
     """
-    censors = jnp.asarray(observation.saturated).any()
-    return jax.vmap(partial(_log_evidence, limits=limits), (0, 0, 0, None, None))(
-        best.theta, best.targets.mask, observation, known, censors
-    )
-
-
-def _log_evidence(
-    theta: jax.Array,
-    mask: jax.Array,
-    observation: Observation,
-    known: Known,
-    censors: jax.Array,
-    *,
-    limits: bool,
-) -> jax.Array:
-    model = scene_model(observation, mask, known, censors=censors)
+    given = jax.tree.map(jnp.asarray, (best.theta, best.targets.mask, observation))
+    theta, mask, seen = to_lanes(given)
+    model = scene_model(seen, mask, known)
     at = model.quadratic(theta)
-    dimension = (3 * mask.sum() + 1).astype(theta.dtype)
+    dimension = (3 * mask.sum(0) + 1).astype(theta.dtype)
     total = -at.cost - _log_determinant(theta, at.information, model) / 2
     total = total + dimension * float(np.log(2 * np.pi) / 2) + model.log_normalisation(theta)
     if not limits:
         return total
-    return jnp.where(_impossible(model.unpack(theta), observation), -jnp.inf, total)
+    return jnp.where(_impossible(model.unpack(theta), seen), -jnp.inf, total)
 
 
-def _impossible(targets: Targets, observation: Observation) -> jax.Array:
-    """A target lies outside, or takes light away."""
-    middle = (np.array(observation.counts.shape) - 1) / 2
-    reach = middle + 0.5 + MARGIN
-    place = targets.position - jnp.asarray(middle, targets.position.dtype)[None]
-    outside = (jnp.abs(place) > jnp.asarray(reach, place.dtype)[None]).any(-1)
-    return (targets.mask & (outside | (targets.intensity < 0))).any()
+def _impossible(targets: Targets, seen: Observation) -> jax.Array:
+    """(...,) bool: a target lies outside, or takes light away."""
+    outside = targets.intensity < 0
+    for axis in range(2):
+        middle = (seen.counts.shape[axis] - 1) / 2
+        outside |= jnp.abs(targets.position[:, axis] - middle) > middle + 0.5 + MARGIN
+    return (targets.mask & outside).any(0)
 
 
 def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel) -> jax.Array:
@@ -96,30 +81,31 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
     `1.35 I/2 sqrt(3/(16 pi)) / (s^3 noise)`.
     """
     prior, seen = model.known.prior, model.seen
-    whole = 12 / max(seen.counts.shape) ** 2  # one over the variance of a uniform density
+    whole = 12 / max(seen.counts.shape[:2]) ** 2  # one over the variance of a uniform density
     size = prior.cluster_size
     apart = whole if size is None else 12 / size**2
     both = model.mask[:, None] & model.mask[None]
-    share = jnp.where(both, 1 / jnp.maximum(model.mask.sum(), 1).astype(theta.dtype), 0)
-    place = apart * jnp.eye(len(share), dtype=theta.dtype) + (whole - apart) * share
+    share = jnp.where(both, 1 / jnp.maximum(model.mask.sum(0), 1).astype(theta.dtype), 0)
     energy = 12.0 if prior.intensity is None else 0.0  # `v` has a prior of its own
     sigma = psf_sigma(model.known.sigma)
     width = jnp.sqrt(sigma[0] * sigma[1])
     targets = model.unpack(theta)
     intensity = jnp.maximum(targets.intensity, 0)
-    noise = jnp.sqrt(model.variance(intensity[:, None, None])[0].min((-2, -1)))
+    noise = jnp.sqrt(model.variance(intensity[:, None, None])[0].min((1, 2)))
     bend = _QUARTIC * intensity / (width**3 * noise) * _blended(targets, width)
-    by_place, by_energy = (jnp.asarray(np.diag(d), theta.dtype) for d in ((1, 1, 0), (0, 0, 1)))
-    least = jnp.kron(place + jnp.diag(bend), by_place)
-    least = least + energy * jnp.kron(jnp.eye(len(share), dtype=theta.dtype), by_energy)
-    unit, scale = scaled(information + jnp.pad(least, (0, 1)), present_of(model.mask))
+    place = (whole - apart) * share + spd.diagonal_matrix(apart + bend)
+    zero = jnp.zeros_like(bend)
+    least = spd.diagonal_matrix(theta_of(zero, zero, zero + energy, zero[0]))
+    least += spread(place, 0, 0) + spread(place, 1, 1)
+    unit, scale = scaled(information + least, present_of(model.mask))
     _, log_determinant = spd.inverse(unit)
-    return log_determinant - 2 * jnp.log(jnp.where(scale > 0, scale, 1)).sum()
+    return log_determinant - 2 * jnp.log(jnp.where(scale > 0, scale, 1)).sum(0)
 
 
 def _blended(targets: Targets, width: jax.Array) -> jax.Array:
-    """(K,) 1 where a target coincides with another, 0 where it stands alone."""
+    """(K, ...) 1 where a target coincides with another, 0 where it stands alone."""
     apart = targets.position[:, None] - targets.position[None]
-    other = targets.mask[:, None] & targets.mask[None] & ~np.eye(len(targets.mask), dtype=bool)
-    near = jnp.exp(-2 * (apart**2).sum(-1) / width**2)
-    return jnp.where(other, near, 0).max(-1, initial=0)
+    same = spd.behind(np.eye(targets.mask.shape[0], dtype=bool), targets.mask.ndim + 1)
+    other = targets.mask[:, None] & targets.mask[None] & ~same
+    near = jnp.exp(-2 * (apart**2).sum(2) / width**2)
+    return jnp.where(other, near, 0).max(1, initial=0)

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from typing import cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
-from dscsnet_jax.inference.lanes import lanes_last
+from dscsnet_jax.inference.lanes import from_lanes, lanes_last, sum_of, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import Quadratic, SceneModel, scene_model
+from dscsnet_jax.inference.scene_model import Quadratic, SceneModel, scene_model, theta_of
 from dscsnet_jax.physics.targets import Targets
 
 NUM_ITERATIONS = 25
@@ -31,7 +31,6 @@ _EASE, _TIGHTEN = 0.2, 5.0
 _TOLERANCE = 1e-2  # largest Newton step at the answer, in standard deviations
 _UNDECIDED = 0.05
 _LONGEST = 0.5  # pixels that a target may move in one step
-_product = partial(jnp.einsum, precision="highest")
 
 
 @flax.struct.dataclass
@@ -113,40 +112,26 @@ def fit(
             "expected windows (B, N, M) and targets of as many, got "
             f"{observation.counts.shape} and {start.mask.shape}"
         )
-    one = partial(_fit_one, num_iterations=num_iterations, unroll=unroll)
-    observation, start = jax.tree.map(jnp.asarray, (observation, start))
-    censors = observation.saturated.any()
-    return jax.vmap(one, (0, 0, None, None))(observation, start, known, censors)
-
-
-def _fit_one(
-    observation: Observation,
-    start: Targets,
-    known: Known,
-    censors: jax.Array,
-    *,
-    num_iterations: int | jax.Array,
-    unroll: bool,
-) -> Fit:
-    """`fit` for one window."""
-    model = scene_model(observation, start.mask, known, censors=censors)
+    observation, start = to_lanes(jax.tree.map(jnp.asarray, (observation, start)))
+    model = scene_model(observation, start.mask, known)
     theta, present = model.pack(start), present_of(start.mask)
 
     def score(theta: jax.Array) -> jax.Array:
         """The gradient, whose root is the fit; padded slots stay where they are."""
         return jnp.where(present, model.quadratic(theta).gradient, theta)
 
-    def solve(_: object, theta: jax.Array) -> jax.Array:
+    def solve(_: object, theta: jax.Array) -> tuple[jax.Array, Quadratic]:
         return _minimise(theta, model, num_iterations)
 
     if unroll:
-        theta = _minimise(theta, model, num_iterations, by_scan=True)
+        theta, at = _minimise(theta, model, num_iterations, by_scan=True)
     else:
-        theta = jax.lax.custom_root(score, theta, solve, _solve_dense)
-    answer = _describe(jax.lax.stop_gradient(theta), jax.lax.stop_gradient(model))
+        theta, at = jax.lax.custom_root(score, theta, solve, _solve_dense, has_aux=True)
+    answer = _describe(*jax.lax.stop_gradient((theta, at, model)))
     theta = _only_if(answer.converged, theta)
     level = observation.level + observation.background_std * theta[-1]
-    return dataclasses.replace(answer, theta=theta, targets=model.unpack(theta), level=level)
+    answer = dataclasses.replace(answer, theta=theta, targets=model.unpack(theta), level=level)
+    return cast(Fit, from_lanes(answer))
 
 
 def _minimise(
@@ -155,7 +140,7 @@ def _minimise(
     num_iterations: int | jax.Array,
     *,
     by_scan: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, Quadratic]:
     """Levenberg-Marquardt; a step is taken only if it lowers the cost.
 
     A scan can be differentiated through, a loop takes a traced number of iterations.
@@ -167,52 +152,65 @@ def _minimise(
     def iterate(state: State) -> State:
         theta, damping, old = state
         step = _damped_step(old, damping, present)
-        step = step * jnp.minimum(1, _LONGEST / jnp.maximum(_longest_move(step), _LONGEST))
+        step = step * _LONGEST / jnp.maximum(_longest_move(step), _LONGEST)
         new = model.quadratic(theta + step)
-        better = (new.terms - old.terms).sum() < 0
+        better = (new.terms - old.terms).sum(0) < 0
         damping = jnp.clip(jnp.where(better, damping * _EASE, damping * _TIGHTEN), least, largest)
         theta, kept = jax.tree.map(
             lambda a, b: jnp.where(better, a, b), (theta + step, new), (theta, old)
         )
         return theta, damping, kept
 
-    first: State = (theta, jnp.asarray(start, theta.dtype), model.quadratic(theta))
+    first: State = (theta, jnp.full_like(theta[-1], start), model.quadratic(theta))
     if by_scan:
         numbers = jnp.arange(num_iterations)
-        return jax.lax.scan(lambda s, _: (iterate(s), None), first, numbers)[0][0]
-    return jax.lax.fori_loop(0, num_iterations, lambda _, s: iterate(s), first)[0]
+        theta, _, at = jax.lax.scan(lambda s, _: (iterate(s), None), first, numbers)[0]
+    else:
+        theta, _, at = jax.lax.fori_loop(0, num_iterations, lambda _, s: iterate(s), first)
+    return theta, at
 
 
 def scaled(information: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The information with a unit diagonal, and the scale (3K+1,) of the parameters.
+    """The information with a unit diagonal, and the scale (3K+1, ...) of the parameters.
 
     Unit columns keep the digits that counts and pixels side by side would lose.
     """
-    diagonal = jnp.diagonal(information)
+    diagonal = spd.diagonal(information)
     tells = present & (diagonal > 0)
     scale = jnp.where(tells, jax.lax.rsqrt(jnp.where(tells, diagonal, 1)), 0)
-    unit = information * scale[:, None] * scale[None, :]
-    return unit + jnp.diag(jnp.where(tells, 0, 1).astype(unit.dtype)), scale
+    unit = information * scale[:, None] * scale[None]
+    return unit + spd.diagonal_matrix(jnp.where(tells, 0, 1).astype(unit.dtype)), scale
 
 
 def _damped_step(at: Quadratic, damping: jax.Array, present: jax.Array) -> jax.Array:
     unit, scale = scaled(at.information, present)
-    identity = jnp.eye(len(unit), dtype=unit.dtype)
-    inverse, _ = spd.inverse((unit + damping * identity) / (1 + damping))
-    return -scale * _product("pq,q->p", inverse, scale * at.gradient) / (1 + damping)
+    wider = spd.diagonal_matrix(jnp.broadcast_to(damping, scale.shape))
+    inverse, _ = spd.inverse((unit + wider) / (1 + damping))
+    return -scale * _times(inverse, scale * at.gradient) / (1 + damping)
+
+
+def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """(P, ...) products of symmetric matrices (P, P, ...) and vectors."""
+    return sum_of(matrix[q] * vector[q] for q in range(vector.shape[0]))
 
 
 def _longest_move(step: jax.Array) -> jax.Array:
-    return jnp.abs(step[:-1].reshape(-1, 3)[:, :2]).max(initial=0)
+    """(...,) longest way along an axis of any target; a length without a derivative."""
+    # That of a maximum asks which is equal to it, and two roundings of one number are not.
+    step = jax.lax.stop_gradient(step)
+    return jnp.abs(step[:-1].reshape(-1, 3, *step.shape[1:])[:, :2]).max((0, 1), initial=0)
 
 
 def present_of(mask: jax.Array) -> jax.Array:
-    """(3K+1,) bool: parameters of targets present, and the level."""
-    return jnp.concatenate([jnp.repeat(mask, 3), jnp.ones(1, bool)])
+    """(3K+1, ...) bool: parameters of targets present, and the level."""
+    return jnp.concatenate([jnp.repeat(mask, 3, 0), jnp.ones((1, *mask.shape[1:]), bool)])
 
 
 def _solve_dense(linear: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:
-    return jnp.linalg.solve(jax.jacobian(linear)(b), b)
+    """Solve for each window (3K+1, B); none depends on another."""
+    matrix = jax.vmap(linear, out_axes=1)(spd.diagonal_matrix(jnp.ones_like(b)))
+    matrix, b = from_lanes((matrix, b))
+    return cast(jax.Array, to_lanes(jnp.linalg.solve(matrix, b[..., None])[..., 0]))
 
 
 @jax.custom_jvp
@@ -227,21 +225,20 @@ def _only_if_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]
     return theta, tangents[1] * jnp.where(converged, 1, jnp.nan).astype(theta.dtype)
 
 
-def _describe(theta: jax.Array, model: SceneModel) -> Fit:
+def _describe(theta: jax.Array, at: Quadratic, model: SceneModel) -> Fit:
     """Covariance, goodness and convergence at `theta`."""
     seen, present = model.seen, present_of(model.mask)
-    at = model.quadratic(theta)
     unit, scale = scaled(at.information, present)
     inverse, _ = spd.inverse(unit)
-    variance = jnp.diagonal(inverse)
+    variance = spd.diagonal(inverse)
     # A pivot at the floor: the parameter is a combination of others, or not seen at all.
     undecided = present & ((variance > _UNDECIDED / spd.rounding_floor(unit)) | (scale == 0))
     slope = jnp.where(model.mask, model.intensity_slope(theta[2:-1:3]), 0)
-    ones = jnp.ones_like(slope)
-    by_theta = jnp.append(jnp.stack([ones, ones, slope], -1).reshape(-1), ones[:1]) * scale
-    covariance = inverse * by_theta[:, None] * by_theta[None, :]
-    covariance = jnp.where(jnp.diag(undecided), jnp.inf, covariance)
-    step = jnp.where(present & ~undecided, _product("pq,q->p", inverse, scale * at.gradient), 0)
+    one = jnp.ones_like(slope)
+    by_theta = scale * theta_of(one, one, slope, jnp.ones_like(theta[-1]))
+    covariance = inverse * by_theta[:, None] * by_theta[None]
+    covariance = jnp.where(spd.diagonal_matrix(undecided), jnp.inf, covariance)
+    step = jnp.where(present & ~undecided, _times(inverse, scale * at.gradient), 0)
     used = seen.valid & ~seen.saturated
     source = model.source(theta)
     left = seen.counts - seen.neighbours - source - seen.level - seen.background_std * theta[-1]
@@ -251,8 +248,8 @@ def _describe(theta: jax.Array, model: SceneModel) -> Fit:
         targets=model.unpack(theta),
         level=theta[-1],
         covariance=covariance[:-1, :-1],
-        chi_square=whitened.sum(),
-        num_pixels=used.sum(dtype=jnp.int32),
-        converged=(jnp.abs(step) <= _TOLERANCE * jnp.sqrt(variance)).all()
-        & jnp.isfinite(theta).all(),
+        chi_square=whitened.sum((0, 1)),
+        num_pixels=used.sum((0, 1), dtype=jnp.int32),
+        converged=(jnp.abs(step) <= _TOLERANCE * jnp.sqrt(variance)).all(0)
+        & jnp.isfinite(theta).all(0),
     )

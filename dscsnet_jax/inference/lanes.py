@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 
 _Any = TypeVar("_Any", bound=Callable[..., Any])
 
@@ -24,6 +25,25 @@ def lanes_last(function: _Any) -> _Any:
             return function(*args, **kwargs)
 
     return cast(_Any, aligned)
+
+
+def to_lanes(tree: Any) -> Any:
+    """Windows of arrays (B, ...) as the last axis."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), tree)
+
+
+def from_lanes(tree: Any) -> Any:
+    """The way back."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), tree)
+
+
+def materialised(some: jax.Array, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, written to memory.
+
+    The compiler would work out cheap terms again for each of their uses, which are many. What
+    crosses the border of a branch is kept, whatever is in `some`, a number it does not know.
+    """
+    return jax.lax.cond(some, function, function, *args)
 
 
 def sum_leading(terms: jax.Array) -> jax.Array:

@@ -90,16 +90,23 @@ def likelihoods(
     """
     residual, var = _misfit(seen, gain, source, t)
     slope, sd = variance(seen, gain, source, t)[1], jnp.sqrt(var)
-    by_mu = residual / sd + (residual**2 - 1) * slope / var / 2
-    information = 1 / var + (slope / var) ** 2 / 2
-    censored = jax.lax.cond(censors, log_ndtr, jnp.zeros_like, -residual)
-    by_sd = 1 / sd + residual * slope / var / 2
-    mills, excess = inverse_mills(residual, censored)
-    return Pixels(
-        _chosen(seen, censored, _gaussian(seen, gain, residual, var)),
-        _chosen(seen, mills * by_sd, by_mu),
-        _chosen(seen, mills * excess * by_sd**2, information),
-    )
+    tail = jax.lax.cond(censors, log_ndtr, jnp.zeros_like, -residual)
+
+    def told(censors: bool) -> Pixels:
+        by_mu = residual / sd + (residual**2 - 1) * slope / var / 2
+        information = 1 / var + (slope / var) ** 2 / 2
+        value, zero = _gaussian(seen, gain, residual, var), jnp.zeros_like(residual)
+        if not censors:
+            return Pixels(*(_chosen(seen, zero, a) for a in (value, by_mu, information)))
+        mills, excess = inverse_mills(residual, tail)
+        by_sd = 1 / sd + residual * slope / var / 2
+        return Pixels(
+            _chosen(seen, tail, value),
+            _chosen(seen, mills * by_sd, by_mu),
+            _chosen(seen, mills * excess * by_sd**2, information),
+        )
+
+    return jax.lax.cond(censors, partial(told, True), partial(told, False))
 
 
 def _misfit(

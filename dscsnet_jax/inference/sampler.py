@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import present_of, scaled
-from dscsnet_jax.inference.lanes import lanes_last
+from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
 from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, kind_of, propose
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
@@ -195,37 +195,33 @@ def _start(
     windows: Observation, start: Targets, known: Known, keys: jax.Array, num_chains: int
 ) -> _Chains:
     """Chains spread around the start as far as the fit is uncertain."""
-
-    def one(seen: Observation, targets: Targets, key: jax.Array) -> _Chains:
-        model = scene_model(seen, targets.mask, known, softness=HARD, uniform=True)
-        fitted = model.pack(targets)
-        root = _root_of_inverse(_information(fitted, model), present_of(targets.mask))
-        size = fitted.shape[0]
-        spread = jax.random.normal(key, (num_chains, size), fitted.dtype)
-        dimension = 3 * targets.mask.sum() + 1
-        length = 2.38 / jnp.sqrt(dimension.astype(fitted.dtype))
-        off = jnp.einsum("pq,cq->cp", root, spread, precision="highest")
-        return _Chains(fitted + length * off, fitted, root, jnp.log(length))
-
-    return jax.vmap(one)(windows, start, keys)
+    seen, targets = to_lanes((windows, start))
+    model = scene_model(seen, targets.mask, known, softness=HARD, uniform=True)
+    fitted = model.pack(targets)
+    root = _root_of_inverse(_information(fitted, model), present_of(targets.mask))
+    draw = partial(jax.random.normal, shape=(num_chains, fitted.shape[0]), dtype=fitted.dtype)
+    dimension = 3 * targets.mask.sum(0) + 1
+    length = 2.38 / jnp.sqrt(dimension.astype(fitted.dtype))
+    fitted, root, length = from_lanes((fitted, root, length))
+    off = jnp.einsum("bpq,bcq->bcp", root, jax.vmap(draw)(keys), precision="highest")
+    theta = fitted[:, None] + length[:, None, None] * off
+    return _Chains(theta, fitted, root, jnp.log(length))
 
 
 def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
-    """Information of one window, in which nothing is wider than its prior."""
-    prior, mask = model.known.prior, model.mask
-    size = max(model.seen.counts.shape) if prior.cluster_size is None else prior.cluster_size
-    place = jnp.asarray(12 / size**2, theta.dtype)
-    energy = jnp.full_like(place, 12.0)
-    widest = jnp.append(jnp.tile(jnp.stack([place, place, energy]), mask.shape[0]), 0 * place)
-    return model.quadratic(theta).information + jnp.diag(widest)
+    """Information (3K+1, 3K+1, B), in which nothing is wider than its prior."""
+    size = model.known.prior.cluster_size
+    size = max(model.seen.counts.shape[:2]) if size is None else size
+    widest = jnp.zeros_like(theta).at[:-1].set(12 / size**2).at[2:-1:3].set(12)
+    return model.quadratic(theta).information + spd.diagonal_matrix(widest)
 
 
 def _root_of_inverse(matrix: jax.Array, present: jax.Array) -> jax.Array:
     """Lower triangular root of the inverse; zero for what is not there."""
     unit, scale = scaled(matrix, present)
     inverse, _ = spd.inverse(unit)
-    width = jnp.sqrt(jnp.diagonal(inverse))
-    return spd.cholesky(inverse / (width[:, None] * width[None, :])) * (width * scale)[:, None]
+    width = jnp.sqrt(spd.diagonal(inverse))
+    return spd.cholesky(inverse / (width[:, None] * width[None])) * (width * scale)[:, None]
 
 
 def _run(
@@ -357,11 +353,7 @@ def _adapted(
 
 def _roots(covariance: jax.Array, mask: jax.Array) -> jax.Array:
     """(3K+1, 3K+1, L) roots of covariances, slightly drawn to their diagonals."""
-
-    def one(covariance: jax.Array, mask: jax.Array) -> jax.Array:
-        unit, scale = scaled(covariance, present_of(mask))
-        wide = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-        ridge = _RIDGE * jnp.eye(len(unit), dtype=unit.dtype)
-        return spd.cholesky((unit + ridge) / (1 + _RIDGE)) * wide[:, None]
-
-    return jax.vmap(one, in_axes=-1, out_axes=-1)(covariance, mask[:, 0])
+    unit, scale = scaled(covariance, present_of(mask[:, 0]))
+    wide = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    ridge = spd.diagonal_matrix(jnp.full_like(scale, _RIDGE))
+    return spd.cholesky((unit + ridge) / (1 + _RIDGE)) * wide[:, None]

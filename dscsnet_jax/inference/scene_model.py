@@ -16,7 +16,6 @@ further axes behind: none for one window, chains and windows for the sampler.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -25,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr
 
-from dscsnet_jax.inference import pixels
-from dscsnet_jax.inference.lanes import sum_leading, sum_of
+from dscsnet_jax.inference import pixels, spd
+from dscsnet_jax.inference.lanes import materialised, sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.places import Square, log_sequential
 from dscsnet_jax.inference.prior import Known
@@ -46,9 +45,9 @@ class Quadratic(NamedTuple):
 
     Attributes:
       cost: minus log likelihood and prior.
-      gradient: (3K+1,) its derivative.
-      information: (3K+1, 3K+1) Fisher information of the pixels and curvature of the prior.
-      terms: (R,) what the cost adds up, but for a constant: differences of costs keep the
+      gradient: (3K+1, ...) its derivative.
+      information: (3K+1, 3K+1, ...) Fisher information of the pixels and curvature of the prior.
+      terms: (R, ...) what the cost adds up, but for a constant: differences of costs keep the
         digits that the sums of many pixels lose.
     """
 
@@ -58,19 +57,32 @@ class Quadratic(NamedTuple):
     terms: jax.Array
 
 
-class Residuals(NamedTuple):
-    """Rows whose squares make the information: `J^T r` is the gradient, `J^T J` the information.
+class Shapes(NamedTuple):
+    """Derivatives of the expected counts by `theta`, each a product of one along rows and cols.
 
     Attributes:
-      value: (R,) residuals, those of the pixels first.
-      jacobian: (R, 3K+1) of the expected values.
-      pixels: (P,) log likelihood of the pixels but for `log_scale`; of the prior's rows it is
-        minus half their squares.
+      along_row: (N, 3K+1, ...) counts.
+      along_col: (M, 3K+1, ...).
     """
 
-    value: jax.Array
-    jacobian: jax.Array
-    pixels: jax.Array
+    along_row: jax.Array
+    along_col: jax.Array
+
+    def products(self, slope: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`J^T slope` and `J^T weight J` for images (N, M, ...)."""
+        rows, cols = self.along_row, self.along_col
+        number = range(cols.shape[0])
+        once = sum_of(slope[:, m, None] * cols[m] for m in number)
+        twice = sum_of(weight[:, m, None, None] * (cols[m][:, None] * cols[m]) for m in number)
+        return sum_leading(rows * once), sum_leading(rows[:, :, None] * rows[:, None] * twice)
+
+
+class Prior(NamedTuple):
+    """Minus the log prior: its terms (R, ...), gradient (3K+1, ...) and information."""
+
+    cost: jax.Array
+    gradient: jax.Array
+    information: jax.Array
 
 
 @flax.struct.dataclass
@@ -120,15 +132,15 @@ class SceneModel:
         return ndtr(v) if self.uniform else v
 
     def pack(self, targets: Targets) -> jax.Array:
-        """`theta` of targets at the expected level; of one window."""
+        """`theta` of targets at the expected level."""
         v = jnp.where(self.mask, self.latent(targets.intensity), 0).astype(self.scale.dtype)
-        table = jnp.concatenate([targets.position.astype(v.dtype), v[:, None]], -1)
-        return jnp.append(table.reshape(-1), jnp.zeros((), v.dtype))
+        row, col = (targets.position[:, axis].astype(v.dtype) for axis in range(2))
+        return theta_of(row, col, v, jnp.zeros(v.shape[1:], v.dtype))
 
     def unpack(self, theta: jax.Array) -> Targets:
-        """Targets of `theta`, of one window; padded slots hold zeros."""
+        """Targets of `theta`; padded slots hold zeros."""
         row, col, v, _ = _parts(theta)
-        place = jnp.where(self.mask[:, None], jnp.stack([row, col], -1), 0)
+        place = jnp.where(self.mask[:, None], jnp.stack([row, col], 1), 0)
         return Targets(place, jnp.where(self.mask, self.intensity(v), 0), self.mask)
 
     def log_likelihood(self, theta: jax.Array) -> jax.Array:
@@ -142,9 +154,15 @@ class SceneModel:
 
         Limits are steep walls, so that a start beyond them finds its way in.
         """
-        total = -sum_of(sum_leading(row**2) for row in self._prior_rows(theta)) / 2
+        rows, (row, col, *_) = self._own_rows(theta), _parts(theta)
+        for step in range(1, self.mask.shape[0]):  # each pair once, without a gather
+            both = self.mask[step:] & self.mask[:-step]
+            rows.append(self._too_close(row[step:] - row[:-step], col[step:] - col[:-step], both))
         room = self._room(theta)
-        return total if room is None else total + sum_leading(jnp.log(room))
+        if room is None:
+            return -sum_of(sum_leading(row**2) for row in rows) / 2
+        rows.append(self._room_rows(theta))
+        return sum_leading(jnp.log(room)) - sum_of(sum_leading(row**2) for row in rows) / 2
 
     def log_squares(self, theta: jax.Array) -> jax.Array:
         """(...,) log of the number of squares on whole pixels that hold all targets."""
@@ -207,57 +225,68 @@ class SceneModel:
         return pixels.variance(self.seen, self.known.gain, source, t)
 
     def quadratic(self, theta: jax.Array) -> Quadratic:
-        """Cost, gradient and information at `theta` of one window."""
-        rows = self.residuals(theta)
-        terms = [-rows.pixels, rows.value[len(rows.pixels) :] ** 2 / 2]
-        gradient = _product("rp,r->p", rows.jacobian, rows.value)
-        information = _product("rp,rq->pq", rows.jacobian, rows.jacobian)
-        information = information + jnp.diag(self._latent_curvature(theta))
-        if self._room(theta) is not None:
-            room, by_room = _with_jacobian(self._room, theta)
-            by_room = by_room / room[:, None]
-            terms.append(-jnp.log(room))
-            gradient = gradient - by_room.sum(0)
-            information = information + _product("rp,rq->pq", by_room, by_room)
-        total = jnp.concatenate(terms)
+        """Cost, gradient and information at `theta`."""
+        given = self.seen, self.known.gain
+        seen = pixels.likelihoods(*given, self.censors, self.source(theta), theta[-1])
+        shapes, prior = materialised(self.censors, self._derivatives, theta)
+        gradient, information = shapes.products(seen.slope, seen.information)
+        terms = jnp.concatenate([-_flat(seen.value), prior.cost])
         return Quadratic(
-            total.sum() - pixels.log_scale(self.seen, self.known.gain), gradient, information, total
+            terms.sum(0) - pixels.log_scale(*given),
+            prior.gradient - gradient,
+            information + prior.information,
+            terms,
         )
 
-    def residuals(self, theta: jax.Array) -> Residuals:
-        """Residuals of one window's pixels and prior, weighed by their information."""
-        given = self.seen, self.known.gain, self.censors
-        seen = pixels.likelihoods(*given, self.source(theta), theta[-1])
-        tells = seen.information > 0
-        root = jnp.where(tells, jnp.sqrt(jnp.where(tells, seen.information, 1)), 0)
-        value = -seen.slope / jnp.where(tells, root, 1)
-        columns = (self.jacobian(theta) * root).reshape(len(theta), -1).T
-        prior, by_theta = _with_jacobian(lambda at: jnp.concatenate(self._prior_rows(at)), theta)
-        return Residuals(
-            jnp.concatenate([value.reshape(-1), prior]),
-            jnp.concatenate([columns, by_theta]),
-            seen.value.reshape(-1),
-        )
-
-    def jacobian(self, theta: jax.Array) -> jax.Array:
-        """(3K+1, N, M) derivative of the expected counts of one window."""
+    def _derivatives(self, theta: jax.Array) -> tuple[Shapes, Prior]:
+        """Those of the expected counts, and of the prior."""
         row, col, v, _ = _parts(theta)
         in_row, in_col = self._responses(row, col)
         sigma, shape = psf_sigma(self.known.sigma), self.seen.counts.shape
         by_row, by_col = (
-            point_response_derivative(place, shape[axis], sigma[axis]).astype(theta.dtype).T
+            point_response_derivative(place, shape[axis], sigma[axis], axis=0).astype(theta.dtype)
             for axis, place in enumerate((row, col))
         )
         energy = jnp.where(self.mask, self.intensity(v), 0)
         slope = jnp.where(self.mask, self.intensity_slope(v), 0)
-        columns = [
-            (by_row * energy)[:, None] * in_col[None],
-            (in_row * energy)[:, None] * by_col[None],
-            (in_row * slope)[:, None] * in_col[None],
-        ]
-        table = jnp.moveaxis(jnp.stack(columns), (0, 3), (1, 0)).reshape(-1, *shape)
-        level = jnp.broadcast_to(self.seen.background_std, (1, *shape))
-        return jnp.concatenate([table, level])
+        one = jnp.ones_like(theta[-1])
+        rows = zip(by_row * energy, in_row * energy, in_row * slope, strict=True)
+        cols = zip(in_col, by_col, in_col, strict=True)
+        along_row = jnp.stack([theta_of(*along, one * self.seen.background_std) for along in rows])
+        along_col = jnp.stack([theta_of(*along, one) for along in cols])
+        return Shapes(along_row, along_col), self._prior(theta)
+
+    def _prior(self, theta: jax.Array) -> Prior:
+        """Minus the log prior's cost and derivatives, by the structure of its rows."""
+        zero = jnp.zeros_like(theta)
+        cost, gradient, diagonal = [], zero, self._latent_curvature(theta)
+        for row, by_own in zip(*jax.jvp(self._own_rows, (theta,), (zero + 1,)), strict=True):
+            cost.append(row**2 / 2)
+            gradient += row * by_own
+            diagonal += by_own**2
+        information = spd.diagonal_matrix(diagonal)
+        if self.mask.shape[0] > 1:
+            apart = tuple(place[:, None] - place[None] for place in _parts(theta)[:2])
+            both = self.mask[:, None] & self.mask[None]
+            both &= ~spd.behind(np.eye(len(apart[0]), dtype=bool), both.ndim)
+            wall, push = jax.linearize(lambda *apart: self._too_close(*apart, both), *apart)
+            unit = jnp.ones_like(wall), jnp.zeros_like(wall)
+            by_place = push(*unit), push(*unit[::-1])
+            cost.append(_flat(wall**2 / 4))  # each pair is there twice
+            along = [(wall * by).sum(1) for by in by_place]
+            gradient += theta_of(*along, 0 * along[0], zero[-1])
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                weight = by_place[i] * by_place[j]
+                block = spd.diagonal_matrix(weight.sum(1)) - weight
+                information += spread(block, i, j)
+        if self._room(theta) is not None:
+            rows, by_theta = _with_jacobian(self._room_rows, theta)
+            room, by_room = _with_jacobian(self._room, theta)
+            cost += [rows**2 / 2, -jnp.log(room)]
+            gradient += (rows[:, None] * by_theta - by_room / room[:, None]).sum(0)
+            for d in (*by_theta, *(by_room / room[:, None])):
+                information += d[:, None] * d[None]
+        return Prior(jnp.concatenate(cost), gradient, information)
 
     def mirrored(self, theta: jax.Array, at: jax.Array) -> jax.Array:
         """`theta` mirrored at the ends of its ranges: those of `u`, and of the square around `at`.
@@ -275,8 +304,7 @@ class SceneModel:
                 jnp.where(size <= 1, begin + size * _folded((place - begin) / size), place)
                 for place, begin in zip((row, col), begins, strict=True)
             )
-        table = jnp.stack([row, col, v], 1)
-        return jnp.concatenate([table.reshape(-1, *table.shape[2:]), theta[-1:]])
+        return theta_of(row, col, v, theta[-1])
 
     def _responses(self, row: jax.Array, col: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(N, K, ...) and (M, K, ...) responses along the axes."""
@@ -284,8 +312,8 @@ class SceneModel:
         in_row = point_response(row, shape[0], sigma[0], axis=0)
         return in_row, point_response(col, shape[1], sigma[1], axis=0)
 
-    def _prior_rows(self, theta: jax.Array) -> list[jax.Array]:
-        """Residuals (R, ...) of the prior: half their squares is minus its logarithm."""
+    def _own_rows(self, theta: jax.Array) -> list[jax.Array]:
+        """Residuals of the prior, (3K+1, ...), each of its own parameter alone."""
         row, col, v, t = _parts(theta)
         prior, mask = self.known.prior, self.mask
         off = v
@@ -293,24 +321,28 @@ class SceneModel:
             off = jnp.maximum(-self.intensity(v), 0) / pixels.pixel_std(self.seen, self.known.gain)
         elif self.uniform:
             off = jnp.maximum(jnp.maximum(-v, v - 1), 0) / self.softness
-        rows = [jnp.where(mask, off, 0), t[None]]
+        border, square = [], []
         for axis, place in enumerate((row, col)):
             last = self.seen.counts.shape[axis] - 0.5 + MARGIN
             outside = jnp.maximum(-0.5 - MARGIN - place, place - last)
-            rows.append(self._wall(outside, mask))
-        for step in range(1, mask.shape[0]):  # each pair once, without a gather
-            apart2 = (row[step:] - row[:-step]) ** 2 + (col[step:] - col[:-step]) ** 2
-            apart = jnp.where(apart2 > 0, jnp.sqrt(jnp.where(apart2 > 0, apart2, 1)), 0)
-            rows.append(self._wall(prior.separation - apart, mask[step:] & mask[:-step]))
-        if prior.cluster_offset is not None:
-            for place in (row, col):
+            border.append(self._wall(outside, mask))
+            if prior.cluster_offset is not None:
                 begin = jax.lax.stop_gradient(self._square(place).begin)
                 outside = jnp.maximum(begin - place, place - (begin + prior.cluster_size))
-                rows.append(self._wall(outside, mask))
-        elif prior.cluster_size is not None:
-            room = jnp.stack([self._square(place).room for place in (row, col)])
-            rows.append(self._wall(self.softness - room, jnp.array(True)))
-        return rows
+                square.append(self._wall(outside, mask))
+        rows = [theta_of(*border, jnp.where(mask, off, 0), t)]
+        return [*rows, theta_of(*square, 0 * v, 0 * t)] if square else rows
+
+    def _too_close(self, row: jax.Array, col: jax.Array, both: jax.Array) -> jax.Array:
+        """Residuals of pairs so far apart."""
+        apart2 = row**2 + col**2
+        apart = jnp.where(apart2 > 0, jnp.sqrt(jnp.where(apart2 > 0, apart2, 1)), 0)
+        return self._wall(self.known.prior.separation - apart, both)
+
+    def _room_rows(self, theta: jax.Array) -> jax.Array:
+        """(2, ...) residuals of squares of unknown place that hold not all targets."""
+        room = jnp.stack([self._square(place).room for place in _parts(theta)[:2]])
+        return self._wall(self.softness - room, jnp.array(True))
 
     def _wall(self, excess: jax.Array, there: jax.Array) -> jax.Array:
         return jnp.where(there & (excess > 0), excess, 0) / self.softness
@@ -339,7 +371,7 @@ class SceneModel:
         v = _parts(theta)[2]
         curvature = jnp.where(self.mask, jnp.maximum(-v * prior.bend(v), 0), 0)
         zero = jnp.zeros_like(curvature)
-        return jnp.append(jnp.stack([zero, zero, curvature], -1).reshape(-1), zero[:1])
+        return theta_of(zero, zero, curvature, jnp.zeros_like(theta[-1]))
 
     def _log_count(self, number: jax.Array, dtype: Any) -> jax.Array:
         """(...,) `log p(n)`; 0 for counts that are not listed."""
@@ -385,9 +417,9 @@ def _folded(u: jax.Array) -> jax.Array:
 
 
 def _with_jacobian(function: Any, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values (R,) and their Jacobian (R, 3K+1), in one forward sweep."""
+    """Values (R, ...) and their Jacobian (R, 3K+1, ...), in one forward sweep."""
     value, push = jax.linearize(function, theta)
-    return value, jax.vmap(push, out_axes=-1)(jnp.eye(len(theta), dtype=theta.dtype))
+    return value, jax.vmap(push, out_axes=1)(spd.diagonal_matrix(jnp.ones_like(theta)))
 
 
 def _parts(theta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -395,4 +427,23 @@ def _parts(theta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array
     return theta[0:-1:3], theta[1:-1:3], theta[2:-1:3], theta[-1]
 
 
-_product = functools.partial(jnp.einsum, precision="highest")
+def theta_of(row: jax.Array, col: jax.Array, v: jax.Array, t: jax.Array) -> jax.Array:
+    """`theta` (3K+1, ...) of its parts."""
+    table = jnp.stack([row, col, v], 1)
+    return jnp.concatenate([table.reshape(-1, *table.shape[2:]), t[None]])
+
+
+def spread(block: jax.Array, i: int, j: int) -> jax.Array:
+    """(3K+1, 3K+1, ...) with a block (K, K, ...) in the `i`-th rows and `j`-th cols of targets."""
+    size, behind = 3 * block.shape[0], block.shape[2:]
+    place = np.zeros((1, 3, 1, 3), block.dtype)
+    place[0, i, 0, j] = 1
+    table = (block[:, None, :, None] * spd.behind(place, block.ndim + 2)).reshape(
+        size, size, *behind
+    )
+    return jnp.pad(table, ((0, 1), (0, 1), *((0, 0) for _ in behind)))
+
+
+def _flat(image: jax.Array) -> jax.Array:
+    """Pixels (N, M, ...) as one axis."""
+    return image.reshape(-1, *image.shape[2:])

@@ -1,8 +1,8 @@
 """SPD: inverse and root of many small symmetric positive definite matrices.
 
-In plain array operations, vectorised over the batch. The library routines call LAPACK
-once a matrix; two of their batched calls at a time wait for each other for ever when the
-processor has few cores (seen with jaxlib 0.10 on two), and the fit makes thousands.
+In plain array operations, vectorised over the batch, which is behind: (P, P, ...). The library
+routines call LAPACK once a matrix; two of their batched calls at a time wait for each other for
+ever when the processor has few cores (seen with jaxlib 0.10 on two), and the fit makes thousands.
 Matrices come with a unit diagonal, which keeps the elimination accurate without pivots.
 """
 
@@ -10,11 +10,30 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rounding_floor(matrix: jax.Array) -> float:
     """Pivot below which a matrix with unit diagonal decides nothing."""
-    return 4.0 * float(jnp.finfo(matrix.dtype).eps) * matrix.shape[-1]
+    return 4.0 * float(jnp.finfo(matrix.dtype).eps) * matrix.shape[0]
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """(P, ...) of matrices (P, P, ...)."""
+    index = np.arange(matrix.shape[0])
+    return matrix[index, index]
+
+
+def diagonal_matrix(values: jax.Array) -> jax.Array:
+    """(P, P, ...) of diagonals (P, ...)."""
+    eye = np.eye(values.shape[0], dtype=bool)
+    zero = jnp.zeros((), values.dtype)
+    return jnp.where(behind(eye, values.ndim + 1), values[:, None], zero)
+
+
+def behind(array: np.ndarray | jax.Array, ndim: int) -> jax.Array:
+    """The array with axes of length 1 behind, `ndim` in all."""
+    return jnp.asarray(array).reshape(*array.shape, *(1,) * (ndim - array.ndim))
 
 
 def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,23 +48,23 @@ def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     gets a large inverse, finite and positive semi-definite.
 
     Args:
-      matrix: (..., P, P), symmetric positive semi-definite with unit diagonal.
+      matrix: (P, P, ...), symmetric positive semi-definite with unit diagonal.
 
     Returns:
-      (..., P, P), exactly symmetric if `matrix` is, and (...,).
+      (P, P, ...), exactly symmetric if `matrix` is, and (...,).
 
     Example:
       >>> a = jnp.array([[1.0, 0.5], [0.5, 1.0]])
       >>> (3 * inverse(a)[0]).round(4).tolist(), round(float(jnp.exp(inverse(a)[1])), 4)
       ([[4.0, -2.0], [-2.0, 4.0]], 0.75)
     """
-    size = matrix.shape[-1]
+    size = matrix.shape[0]
     floor = rounding_floor(matrix)
-    place = jnp.broadcast_to(jnp.arange(size), matrix.shape[:-1])
+    place = behind(np.arange(size), matrix.ndim - 1)
 
     def column(k: jax.Array | int, a: jax.Array, pivots: jax.Array) -> jax.Array:
-        c = jax.lax.dynamic_index_in_dim(a, k, -2, keepdims=False)
-        told = jax.lax.dynamic_index_in_dim(pivots, k, -1)
+        c = jax.lax.dynamic_index_in_dim(a, k, keepdims=False)
+        told = jax.lax.dynamic_index_in_dim(pivots, k)
         p = jnp.maximum(told, floor)
         # c_j^2 <= p_k p_j but for rounding, which a pivot near the floor would multiply from
         # step to step. Rows done already hold -A^-1 c, whose squares are below
@@ -56,44 +75,43 @@ def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def eliminate(k: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         a, pivots, s = state
-        a = a - s[..., :, None] * s[..., None, :]
+        a = a - s[:, None] * s[None]
         pivots = jnp.where(place > k, pivots - s * s, pivots)
         # A step ahead: XLA keeps what a loop carries, else it works out `s` for every pair.
         return a, pivots, column(k + 1, a, pivots)
 
-    pivots = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    pivots = diagonal(matrix)
     start = (matrix, pivots, column(0, matrix, pivots))
     a, pivots, _ = jax.lax.fori_loop(0, size, eliminate, start)
-    log_determinant = jnp.log(jnp.maximum(pivots, floor)).sum(-1)
-    return 2 * jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape) - a, log_determinant
+    log_determinant = jnp.log(jnp.maximum(pivots, floor)).sum(0)
+    return diagonal_matrix(jnp.full_like(pivots, 2)) - a, log_determinant
 
 
 def cholesky(matrix: jax.Array) -> jax.Array:
     """Lower triangular root `L`, `L L^T = matrix`.
 
     Args:
-      matrix: (..., P, P), symmetric positive semi-definite with unit diagonal.
+      matrix: (P, P, ...), symmetric positive semi-definite with unit diagonal.
 
     Returns:
-      (..., P, P); columns of pivots below the rounding floor are zero.
+      (P, P, ...); columns of pivots below the rounding floor are zero.
 
     Example:
       >>> root = cholesky(jnp.array([[1.0, 0.6], [0.6, 1.0]]))
       >>> [round(float(value), 4) for value in root.ravel()]
       [1.0, 0.0, 0.6, 0.8]
     """
-    size = matrix.shape[-1]
+    size = matrix.shape[0]
     floor = rounding_floor(matrix)
+    place = behind(np.arange(size), matrix.ndim - 1)
 
     def eliminate(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         left, root = state
-        col = jax.lax.dynamic_index_in_dim(left, k, -1, keepdims=False)
-        pivot = jax.lax.dynamic_index_in_dim(col, k, -1)
+        col = jax.lax.dynamic_index_in_dim(left, k, keepdims=False)
+        pivot = jax.lax.dynamic_index_in_dim(col, k)
         scale = jnp.where(pivot > floor, jax.lax.rsqrt(jnp.maximum(pivot, floor)), 0)
-        col = jnp.where(jnp.arange(size) >= k, col, 0) * scale
-        left = left - col[..., :, None] * col[..., None, :]
-        unit = (jnp.arange(size) == k).astype(left.dtype)
-        unit = jnp.broadcast_to(unit, col.shape)
-        return left, root + col[..., :, None] * unit[..., None, :]
+        col = jnp.where(place >= k, col, 0) * scale
+        left = left - col[:, None] * col[None]
+        return left, root + col[:, None] * (place == k).astype(left.dtype)[None]
 
     return jax.lax.fori_loop(0, size, eliminate, (matrix, jnp.zeros_like(matrix)))[1]

@@ -39,7 +39,9 @@ class Bounds(NamedTuple):
     intensity_std: jax.Array
 
 
-def point_response_derivative(position: ArrayLike, num_pixels: int, sigma: ArrayLike) -> jax.Array:
+def point_response_derivative(
+    position: ArrayLike, num_pixels: int, sigma: ArrayLike, *, axis: int = -1
+) -> jax.Array:
     """Derivative of `optics.point_response` with respect to the position.
 
     The derivative of a difference of error functions is a difference of Gaussians:
@@ -49,9 +51,10 @@ def point_response_derivative(position: ArrayLike, num_pixels: int, sigma: Array
       position: (...,) coordinate of the points, pixels.
       num_pixels: detector pixels along the axis, `N`.
       sigma: standard deviation of the Gaussian PSF along the axis, pixels.
+      axis: where the pixels' axis goes, -1 or 0.
 
     Returns:
-      (..., N) derivative, 1 / pixel.
+      (..., N) derivative (or (N, ...)), 1 / pixel.
 
     Example:
       >>> [round(float(v), 3) for v in point_response_derivative(0.8, 3, 0.5)]
@@ -60,10 +63,10 @@ def point_response_derivative(position: ArrayLike, num_pixels: int, sigma: Array
     position = jnp.asarray(position)
     dtype = jnp.promote_types(position.dtype, jnp.float32)
     width = jnp.asarray(sigma, dtype)
-    edges = jnp.arange(num_pixels + 1, dtype=dtype).reshape((1,) * position.ndim + (-1,)) - 0.5
-    scaled = (edges - position[..., None].astype(dtype)) / width
+    edges = optics.pixel_edges(num_pixels, position.ndim, axis, dtype)
+    scaled = (edges - jnp.expand_dims(position.astype(dtype), axis)) / width
     density = jnp.exp(-(scaled**2) / 2) / (width * (2 * np.pi) ** 0.5)
-    return -jnp.diff(density, axis=-1)
+    return -jnp.diff(density, axis=axis)
 
 
 def render_jacobian(

@@ -12,6 +12,7 @@ matrix of N^2 x (cN)^2 entries is ever formed.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -45,13 +46,18 @@ def point_response(
     """
     position = jnp.asarray(position)
     dtype = jnp.promote_types(position.dtype, jnp.float32)
-    edges = jnp.arange(num_pixels + 1, dtype=dtype) - 0.5
-    others = [1] * position.ndim
-    edges = edges.reshape([*others, -1] if axis == -1 else [-1, *others])
+    edges = pixel_edges(num_pixels, position.ndim, axis, dtype)
     position = jnp.expand_dims(position.astype(dtype), axis)
     scaled = (edges - position) / (jnp.asarray(sigma, dtype) * 2**0.5)
     # The difference of two equal erf values can round to just below zero.
     return jnp.maximum(jnp.diff(jax.lax.erf(scaled), axis=axis) / 2, 0)
+
+
+def pixel_edges(num_pixels: int, ndim: int, axis: int, dtype: Any) -> jax.Array:
+    """The edges of a row of pixels along an axis, -1 or 0, beside `ndim` others of length 1."""
+    others = [1] * ndim
+    edges = jnp.arange(num_pixels + 1, dtype=dtype) - 0.5
+    return edges.reshape([*others, -1] if axis == -1 else [-1, *others])
 
 
 def psf_sigma(sigma: ArrayLike | tuple[float, float]) -> jax.Array:

@@ -8,10 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.inference.spd import cholesky, inverse, rounding_floor
+from dscsnet_jax.inference import spd
 
 SIZES = [1, 2, 4, 7, 16]
 PRECISIONS = [np.float32, np.float64]
+
+
+def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`spd.inverse` of matrices (..., P, P), which the room has in front."""
+    got, log_determinant = spd.inverse(jnp.moveaxis(matrix, (-2, -1), (0, 1)))
+    return jnp.moveaxis(got, (0, 1), (-2, -1)), log_determinant
+
+
+def cholesky(matrix: jax.Array) -> jax.Array:
+    return jnp.moveaxis(spd.cholesky(jnp.moveaxis(matrix, (-2, -1), (0, 1))), (0, 1), (-2, -1))
+
+
+def rounding_floor(matrix: jax.Array) -> float:
+    return spd.rounding_floor(matrix.swapaxes(0, -1))
+
 
 jit_inverse = jax.jit(inverse)
 jit_cholesky = jax.jit(cholesky)
