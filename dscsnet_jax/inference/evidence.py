@@ -9,13 +9,15 @@ The prior is that of unordered targets, so it holds the `log n!` ways to number 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.inference import spd
+from dscsnet_jax.inference import pixels, spd
 from dscsnet_jax.inference.fit import Fit, present_of, scaled
-from dscsnet_jax.inference.lanes import lanes_last, to_lanes
+from dscsnet_jax.inference.lanes import lanes_last, largest, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model, spread, theta_of
@@ -91,7 +93,8 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
     width = jnp.sqrt(sigma[0] * sigma[1])
     targets = model.unpack(theta)
     intensity = jnp.maximum(targets.intensity, 0)
-    noise = jnp.sqrt(model.variance(intensity[:, None, None])[0].min((1, 2)))
+    dark = dataclasses.replace(seen, neighbours=seen.neighbours.min((0, 1)))
+    noise = jnp.sqrt(pixels.variance(dark, model.known.gain, intensity)[0])
     bend = _QUARTIC * intensity / (width**3 * noise) * _blended(targets, width)
     place = (whole - apart) * share + spd.diagonal_matrix(apart + bend)
     zero = jnp.zeros_like(bend)
@@ -108,4 +111,4 @@ def _blended(targets: Targets, width: jax.Array) -> jax.Array:
     same = spd.behind(np.eye(targets.mask.shape[0], dtype=bool), targets.mask.ndim + 1)
     other = targets.mask[:, None] & targets.mask[None] & ~same
     near = jnp.exp(-2 * (apart**2).sum(2) / width**2)
-    return jnp.where(other, near, 0).max(1, initial=0)
+    return largest(jnp.where(other, near, 0))

@@ -46,6 +46,15 @@ def materialised(some: jax.Array, function: Callable[..., Any], *args: Any) -> A
     return jax.lax.cond(some, function, function, *args)
 
 
+def largest(terms: jax.Array) -> jax.Array:
+    """The largest along the first axis.
+
+    The derivative of a maximum asks which term equals it; a term worked out twice may not.
+    """
+    number = jnp.arange(terms.shape[0]).reshape(-1, *(1,) * (terms.ndim - 1))
+    return jnp.where(number == jnp.argmax(terms, 0)[None], terms, 0).sum(0)
+
+
 def sum_leading(terms: jax.Array) -> jax.Array:
     """Sum over the leading axis; written out where windows are the last one.
 

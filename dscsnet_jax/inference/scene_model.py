@@ -16,6 +16,7 @@ further axes behind: none for one window, chains and windows for the sampler.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -269,12 +270,12 @@ class SceneModel:
             apart = tuple(place[:, None] - place[None] for place in _parts(theta)[:2])
             both = self.mask[:, None] & self.mask[None]
             both &= ~spd.behind(np.eye(len(apart[0]), dtype=bool), both.ndim)
-            wall, push = jax.linearize(lambda *apart: self._too_close(*apart, both), *apart)
+            wall, push = jax.linearize(partial(self._too_close, both=both), *apart)
             unit = jnp.ones_like(wall), jnp.zeros_like(wall)
             by_place = push(*unit), push(*unit[::-1])
             cost.append(_flat(wall**2 / 4))  # each pair is there twice
-            along = [(wall * by).sum(1) for by in by_place]
-            gradient += theta_of(*along, 0 * along[0], zero[-1])
+            by_row, by_col = ((wall * by).sum(1) for by in by_place)
+            gradient += theta_of(by_row, by_col, 0 * by_row, zero[-1])
             for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 weight = by_place[i] * by_place[j]
                 block = spd.diagonal_matrix(weight.sum(1)) - weight
@@ -330,8 +331,8 @@ class SceneModel:
                 begin = jax.lax.stop_gradient(self._square(place).begin)
                 outside = jnp.maximum(begin - place, place - (begin + prior.cluster_size))
                 square.append(self._wall(outside, mask))
-        rows = [theta_of(*border, jnp.where(mask, off, 0), t)]
-        return [*rows, theta_of(*square, 0 * v, 0 * t)] if square else rows
+        rows = [theta_of(border[0], border[1], jnp.where(mask, off, 0), t)]
+        return [*rows, theta_of(square[0], square[1], 0 * v, 0 * t)] if square else rows
 
     def _too_close(self, row: jax.Array, col: jax.Array, both: jax.Array) -> jax.Array:
         """Residuals of pairs so far apart."""
