@@ -19,7 +19,8 @@ import numpy as np
 
 BLOCK = 128
 _PIXELS = 1 << 22
-_FEWEST, _STEP = 32, 4
+_FEWEST, _STEP = 32, 4  # windows of the smallest block; factor to the next size
+_LARGEST_ON_CPU, _LARGEST = 512, 2048
 # JAX's settings that a `with` sets for one thread only.
 _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
@@ -50,15 +51,17 @@ def windows_per_block(number: int) -> int:
     """Windows that go into a block: a share of each core, filled up to a few sizes.
 
     Each size is a program of its own, so there are few. Windows that take longer than others
-    are gathered within a block, so large ones are best.
+    are gathered within a block, so large ones are best, as long as the processor's cache holds
+    them.
 
     Example:
       >>> windows_per_block(3)
       32
     """
-    share = -(-number // _cores()) if jax.default_backend() == "cpu" else number
+    on_cpu = jax.default_backend() == "cpu"
+    share, most = (-(-number // _cores()), _LARGEST_ON_CPU) if on_cpu else (number, _LARGEST)
     size = _FEWEST
-    while size < min(share, _FEWEST * _STEP**3):
+    while size < min(share, most):
         size *= _STEP
     return size
 

@@ -25,7 +25,7 @@ from dscsnet_jax.inference.sampler import Posterior, sample
 from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
-_PIECE = 32  # windows that are gathered
+_PIECE = 64  # windows that are gathered
 
 
 class Selected(NamedTuple):
