@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.inference import pixels, spd
-from dscsnet_jax.inference.fit import Fit, present_of, scaled
+from dscsnet_jax.inference.fit import Fit, scaled
 from dscsnet_jax.inference.lanes import lanes_last, largest, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model, spread, theta_of
+from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
+from dscsnet_jax.inference.theta import present_of, spread, theta_of
 from dscsnet_jax.physics.optics import psf_sigma
 from dscsnet_jax.physics.targets import Targets
 

@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.derivatives import Quadratic
 from dscsnet_jax.inference.lanes import from_lanes, lanes_last, sum_of, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.scene_model import Quadratic, SceneModel, scene_model, theta_of
+from dscsnet_jax.inference.scene_model import SceneModel, scene_model
+from dscsnet_jax.inference.theta import present_of, theta_of
 from dscsnet_jax.physics.targets import Targets
 
 NUM_ITERATIONS = 25
@@ -199,11 +201,6 @@ def _longest_move(step: jax.Array) -> jax.Array:
     # That of a maximum asks which is equal to it, and two roundings of one number are not.
     step = jax.lax.stop_gradient(step)
     return jnp.abs(step[:-1].reshape(-1, 3, *step.shape[1:])[:, :2]).max((0, 1), initial=0)
-
-
-def present_of(mask: jax.Array) -> jax.Array:
-    """(3K+1, ...) bool: parameters of targets present, and the level."""
-    return jnp.concatenate([jnp.repeat(mask, 3, 0), jnp.ones((1, *mask.shape[1:]), bool)])
 
 
 def _solve_dense(linear: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:

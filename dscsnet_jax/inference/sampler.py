@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
-from dscsnet_jax.inference.fit import present_of, scaled
+from dscsnet_jax.inference.fit import scaled
 from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
 from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, kind_of, propose
 from dscsnet_jax.inference.observation import Observation
@@ -36,6 +36,7 @@ from dscsnet_jax.inference.summary import (
     sorted_out,
     summarise,
 )
+from dscsnet_jax.inference.theta import present_of
 from dscsnet_jax.physics.targets import Targets
 
 NUM_CHAINS = 4

@@ -17,7 +17,7 @@ further axes behind: none for one window, chains and windows for the sampler.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -26,10 +26,12 @@ import numpy as np
 from jax.scipy.special import ndtr
 
 from dscsnet_jax.inference import pixels, spd
+from dscsnet_jax.inference.derivatives import PriorTerms, Quadratic, Shapes
 from dscsnet_jax.inference.lanes import materialised, sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.places import Square, log_sequential
 from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.theta import parts_of, spread, theta_of, with_jacobian
 from dscsnet_jax.physics.limits import point_response_derivative
 from dscsnet_jax.physics.optics import point_response, psf_sigma
 from dscsnet_jax.physics.targets import Targets
@@ -39,51 +41,6 @@ SOFT, HARD = 0.03, 0.0005
 MARGIN = 0.5
 """Pixels beyond the border of a window where a target may still be."""
 _LOG_ROOT_2PI = 0.5 * float(np.log(2 * np.pi))
-
-
-class Quadratic(NamedTuple):
-    """Minus the log density around a place, without the places' normalisation.
-
-    Attributes:
-      cost: minus log likelihood and prior.
-      gradient: (3K+1, ...) its derivative.
-      information: (3K+1, 3K+1, ...) Fisher information of the pixels and curvature of the prior.
-      terms: (R, ...) what the cost adds up, but for a constant: differences of costs keep the
-        digits that the sums of many pixels lose.
-    """
-
-    cost: jax.Array
-    gradient: jax.Array
-    information: jax.Array
-    terms: jax.Array
-
-
-class Shapes(NamedTuple):
-    """Derivatives of the expected counts by `theta`, each a product of one along rows and cols.
-
-    Attributes:
-      along_row: (N, 3K+1, ...) counts.
-      along_col: (M, 3K+1, ...).
-    """
-
-    along_row: jax.Array
-    along_col: jax.Array
-
-    def products(self, slope: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`J^T slope` and `J^T weight J` for images (N, M, ...)."""
-        rows, cols = self.along_row, self.along_col
-        number = range(cols.shape[0])
-        once = sum_of(slope[:, m, None] * cols[m] for m in number)
-        twice = sum_of(weight[:, m, None, None] * (cols[m][:, None] * cols[m]) for m in number)
-        return sum_leading(rows * once), sum_leading(rows[:, :, None] * rows[:, None] * twice)
-
-
-class Prior(NamedTuple):
-    """Minus the log prior: its terms (R, ...), gradient (3K+1, ...) and information."""
-
-    cost: jax.Array
-    gradient: jax.Array
-    information: jax.Array
 
 
 @flax.struct.dataclass
@@ -140,7 +97,7 @@ class SceneModel:
 
     def unpack(self, theta: jax.Array) -> Targets:
         """Targets of `theta`; padded slots hold zeros."""
-        row, col, v, _ = _parts(theta)
+        row, col, v, _ = parts_of(theta)
         place = jnp.where(self.mask[:, None], jnp.stack([row, col], 1), 0)
         return Targets(place, jnp.where(self.mask, self.intensity(v), 0), self.mask)
 
@@ -155,7 +112,7 @@ class SceneModel:
 
         Limits are steep walls, so that a start beyond them finds its way in.
         """
-        rows, (row, col, *_) = self._own_rows(theta), _parts(theta)
+        rows, (row, col, *_) = self._own_rows(theta), parts_of(theta)
         for step in range(1, self.mask.shape[0]):  # each pair once, without a gather
             both = self.mask[step:] & self.mask[:-step]
             rows.append(self._too_close(row[step:] - row[:-step], col[step:] - col[:-step], both))
@@ -169,12 +126,12 @@ class SceneModel:
         """(...,) log of the number of squares on whole pixels that hold all targets."""
         if self.known.prior.cluster_offset is None:
             return jnp.zeros_like(theta[-1])
-        return sum_of(jnp.log(self._square(place).number) for place in _parts(theta)[:2])
+        return sum_of(jnp.log(self._square(place).number) for place in parts_of(theta)[:2])
 
     def log_places(self, theta: jax.Array) -> jax.Array:
         """(...,) log of the places' density against that of joint draws without a separation."""
         prior = self.known.prior
-        row, col, *_ = _parts(theta)
+        row, col, *_ = parts_of(theta)
         number = self.mask.sum(0)
         if prior.cluster_size is None:
             area = self._area()
@@ -215,7 +172,7 @@ class SceneModel:
 
     def source(self, theta: jax.Array) -> jax.Array:
         """(N, M, ...) expected counts of the window's targets."""
-        row, col, v, _ = _parts(theta)
+        row, col, v, _ = parts_of(theta)
         in_row, in_col = self._responses(row, col)
         in_col = in_col * jnp.where(self.mask, self.intensity(v), 0)
         slots = range(self.mask.shape[0])
@@ -239,9 +196,9 @@ class SceneModel:
             terms,
         )
 
-    def _derivatives(self, theta: jax.Array) -> tuple[Shapes, Prior]:
+    def _derivatives(self, theta: jax.Array) -> tuple[Shapes, PriorTerms]:
         """Those of the expected counts, and of the prior."""
-        row, col, v, _ = _parts(theta)
+        row, col, v, _ = parts_of(theta)
         in_row, in_col = self._responses(row, col)
         sigma, shape = psf_sigma(self.known.sigma), self.seen.counts.shape
         by_row, by_col = (
@@ -257,7 +214,7 @@ class SceneModel:
         along_col = jnp.stack([theta_of(*along, one) for along in cols])
         return Shapes(along_row, along_col), self._prior(theta)
 
-    def _prior(self, theta: jax.Array) -> Prior:
+    def _prior(self, theta: jax.Array) -> PriorTerms:
         """Minus the log prior's cost and derivatives, by the structure of its rows."""
         zero = jnp.zeros_like(theta)
         cost, gradient, diagonal = [], zero, self._latent_curvature(theta)
@@ -267,7 +224,7 @@ class SceneModel:
             diagonal += by_own**2
         information = spd.diagonal_matrix(diagonal)
         if self.mask.shape[0] > 1:
-            apart = tuple(place[:, None] - place[None] for place in _parts(theta)[:2])
+            apart = tuple(place[:, None] - place[None] for place in parts_of(theta)[:2])
             both = self.mask[:, None] & self.mask[None]
             both &= ~spd.behind(np.eye(len(apart[0]), dtype=bool), both.ndim)
             wall, push = jax.linearize(partial(self._too_close, both=both), *apart)
@@ -281,13 +238,13 @@ class SceneModel:
                 block = spd.diagonal_matrix(weight.sum(1)) - weight
                 information += spread(block, i, j)
         if self._room(theta) is not None:
-            rows, by_theta = _with_jacobian(self._room_rows, theta)
-            room, by_room = _with_jacobian(self._room, theta)
+            rows, by_theta = with_jacobian(self._room_rows, theta)
+            room, by_room = with_jacobian(self._room, theta)
             cost += [rows**2 / 2, -jnp.log(room)]
             gradient += (rows[:, None] * by_theta - by_room / room[:, None]).sum(0)
             for d in (*by_theta, *(by_room / room[:, None])):
                 information += d[:, None] * d[None]
-        return Prior(jnp.concatenate(cost), gradient, information)
+        return PriorTerms(jnp.concatenate(cost), gradient, information)
 
     def mirrored(self, theta: jax.Array, at: jax.Array) -> jax.Array:
         """`theta` mirrored at the ends of its ranges: those of `u`, and of the square around `at`.
@@ -295,12 +252,12 @@ class SceneModel:
         A symmetric proposal from `at` stays one, and none is wasted beyond the ranges. Larger
         squares than a pixel overlap: the way back could begin in another, so there is no mirror.
         """
-        row, col, v, _ = _parts(theta)
+        row, col, v, _ = parts_of(theta)
         prior = self.known.prior
         if self.uniform and prior.intensity is not None:
             v = _folded(v)
         if prior.cluster_offset is not None:
-            size, begins = prior.cluster_size, [self._square(p).begin for p in _parts(at)[:2]]
+            size, begins = prior.cluster_size, [self._square(p).begin for p in parts_of(at)[:2]]
             row, col = (
                 jnp.where(size <= 1, begin + size * _folded((place - begin) / size), place)
                 for place, begin in zip((row, col), begins, strict=True)
@@ -315,7 +272,7 @@ class SceneModel:
 
     def _own_rows(self, theta: jax.Array) -> list[jax.Array]:
         """Residuals of the prior, (3K+1, ...), each of its own parameter alone."""
-        row, col, v, t = _parts(theta)
+        row, col, v, t = parts_of(theta)
         prior, mask = self.known.prior, self.mask
         off = v
         if prior.intensity is None:
@@ -342,7 +299,7 @@ class SceneModel:
 
     def _room_rows(self, theta: jax.Array) -> jax.Array:
         """(2, ...) residuals of squares of unknown place that hold not all targets."""
-        room = jnp.stack([self._square(place).room for place in _parts(theta)[:2]])
+        room = jnp.stack([self._square(place).room for place in parts_of(theta)[:2]])
         return self._wall(self.softness - room, jnp.array(True))
 
     def _wall(self, excess: jax.Array, there: jax.Array) -> jax.Array:
@@ -353,7 +310,7 @@ class SceneModel:
         prior = self.known.prior
         if prior.cluster_size is None or prior.cluster_offset is not None:
             return None
-        row, col, *_ = _parts(theta)
+        row, col, *_ = parts_of(theta)
         room = jnp.stack([self._square(place).room for place in (row, col)])
         return jnp.where(self.mask.any(0), jnp.maximum(room, self.softness), 1)
 
@@ -369,7 +326,7 @@ class SceneModel:
         prior = self.known.prior.intensity
         if prior is None or self.uniform:
             return jnp.zeros_like(theta)
-        v = _parts(theta)[2]
+        v = parts_of(theta)[2]
         curvature = jnp.where(self.mask, jnp.maximum(-v * prior.bend(v), 0), 0)
         zero = jnp.zeros_like(curvature)
         return theta_of(zero, zero, curvature, jnp.zeros_like(theta[-1]))
@@ -391,7 +348,6 @@ def scene_model(
     mask: jax.Array,
     known: Known,
     *,
-    censors: jax.Array | None = None,
     softness: float = SOFT,
     uniform: bool = False,
 ) -> SceneModel:
@@ -401,48 +357,17 @@ def scene_model(
       seen: `Observation` of (N, M, ...) pixels and (...) numbers.
       mask: (K, ...) targets present.
       known: PSF, gain and scene prior.
-      censors: see `SceneModel`; None: looked up.
       softness: of the prior's limits, pixels.
       uniform: see `SceneModel`.
     """
-    censors = seen.saturated.any() if censors is None else censors
     known = jax.tree.map(lambda a: jnp.asarray(a, seen.counts.dtype), known)
-    return SceneModel(
-        seen, mask, known, pixels.all_counts(seen, known.gain), censors, softness, uniform
-    )
+    scale, censors = pixels.all_counts(seen, known.gain), seen.saturated.any()
+    return SceneModel(seen, mask, known, scale, censors, softness, uniform)
 
 
 def _folded(u: jax.Array) -> jax.Array:
     """A coordinate mirrored at 0 and 1."""
     return 1 - jnp.abs(u - 2 * jnp.floor(u / 2) - 1)
-
-
-def _with_jacobian(function: Any, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values (R, ...) and their Jacobian (R, 3K+1, ...), in one forward sweep."""
-    value, push = jax.linearize(function, theta)
-    return value, jax.vmap(push, out_axes=1)(spd.diagonal_matrix(jnp.ones_like(theta)))
-
-
-def _parts(theta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Rows, cols, `v` (K, ...) and `t` (...)."""
-    return theta[0:-1:3], theta[1:-1:3], theta[2:-1:3], theta[-1]
-
-
-def theta_of(row: jax.Array, col: jax.Array, v: jax.Array, t: jax.Array) -> jax.Array:
-    """`theta` (3K+1, ...) of its parts."""
-    table = jnp.stack([row, col, v], 1)
-    return jnp.concatenate([table.reshape(-1, *table.shape[2:]), t[None]])
-
-
-def spread(block: jax.Array, i: int, j: int) -> jax.Array:
-    """(3K+1, 3K+1, ...) with a block (K, K, ...) in the `i`-th rows and `j`-th cols of targets."""
-    size, behind = 3 * block.shape[0], block.shape[2:]
-    place = np.zeros((1, 3, 1, 3), block.dtype)
-    place[0, i, 0, j] = 1
-    table = (block[:, None, :, None] * spd.behind(place, block.ndim + 2)).reshape(
-        size, size, *behind
-    )
-    return jnp.pad(table, ((0, 1), (0, 1), *((0, 0) for _ in behind)))
 
 
 def _flat(image: jax.Array) -> jax.Array:
