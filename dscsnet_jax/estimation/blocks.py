@@ -51,8 +51,7 @@ def windows_per_block(number: int) -> int:
     """Windows that go into a block: a share of each core, filled up to a few sizes.
 
     Each size is a program of its own, so there are few. Windows that take longer than others
-    are gathered within a block, so large ones are best, as long as the processor's cache holds
-    them.
+    are gathered within a block, so large ones are best, as long as every core has some.
 
     Example:
       >>> windows_per_block(3)

@@ -21,7 +21,7 @@ from dscsnet_jax.inference.lanes import lanes_last, largest, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
-from dscsnet_jax.inference.theta import present_of, spread, theta_of
+from dscsnet_jax.inference.theta import pairs_of, present_of, spread, theta_of
 from dscsnet_jax.physics.optics import psf_sigma
 from dscsnet_jax.physics.targets import Targets
 
@@ -109,7 +109,5 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
 def _blended(targets: Targets, width: jax.Array) -> jax.Array:
     """(K, ...) 1 where a target coincides with another, 0 where it stands alone."""
     apart = targets.position[:, None] - targets.position[None]
-    same = spd.behind(np.eye(targets.mask.shape[0], dtype=bool), targets.mask.ndim + 1)
-    other = targets.mask[:, None] & targets.mask[None] & ~same
     near = jnp.exp(-2 * (apart**2).sum(2) / width**2)
-    return largest(jnp.where(other, near, 0))
+    return largest(jnp.where(pairs_of(targets.mask), near, 0))

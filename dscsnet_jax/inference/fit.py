@@ -24,7 +24,7 @@ from dscsnet_jax.inference.lanes import from_lanes, lanes_last, sum_of, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
-from dscsnet_jax.inference.theta import present_of, theta_of
+from dscsnet_jax.inference.theta import parts_of, present_of, theta_of
 from dscsnet_jax.physics.targets import Targets
 
 NUM_ITERATIONS = 25
@@ -199,8 +199,8 @@ def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 def _longest_move(step: jax.Array) -> jax.Array:
     """(...,) longest way along an axis of any target; a length without a derivative."""
     # That of a maximum asks which is equal to it, and two roundings of one number are not.
-    step = jax.lax.stop_gradient(step)
-    return jnp.abs(step[:-1].reshape(-1, 3, *step.shape[1:])[:, :2]).max((0, 1), initial=0)
+    row, col, *_ = parts_of(jax.lax.stop_gradient(step))
+    return jnp.maximum(jnp.abs(row), jnp.abs(col)).max(0, initial=0)
 
 
 def _solve_dense(linear: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:

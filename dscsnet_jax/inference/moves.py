@@ -12,6 +12,7 @@ import numpy as np
 from dscsnet_jax.inference.lanes import sum_of
 from dscsnet_jax.inference.scene_model import SceneModel
 from dscsnet_jax.inference.summary import numbered
+from dscsnet_jax.inference.theta import parts_of, theta_of
 
 # Shares of the moves, in the order of `propose`.
 _MOVES = (0.65, 0.12, 0.03, 0.05, 0.15)
@@ -97,7 +98,7 @@ def _rotated(
     theta: jax.Array, energy: jax.Array, mask: jax.Array, angle: jax.Array, mirror: jax.Array
 ) -> jax.Array:
     """The targets rotated, or reflected, about their centre of energy, which stays."""
-    row, col, v = (theta[axis:-1:3] for axis in range(3))
+    row, col, v, t = parts_of(theta)
     total = energy.sum(0)
     total = jnp.where(total > 0, total, 1)
     row_off = row - (energy * row).sum(0) / total
@@ -106,5 +107,4 @@ def _rotated(
     sign = jnp.where(mirror, -1, 1)
     new_row = row - row_off + cosine * row_off - sign * sine * col_off
     new_col = col - col_off + sine * row_off + sign * cosine * col_off
-    table = jnp.stack([jnp.where(mask, new_row, row), jnp.where(mask, new_col, col), v], 1)
-    return jnp.concatenate([table.reshape(-1, *table.shape[2:]), theta[-1:]])
+    return theta_of(jnp.where(mask, new_row, row), jnp.where(mask, new_col, col), v, t)

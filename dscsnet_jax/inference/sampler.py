@@ -240,7 +240,7 @@ def _run(
 ) -> tuple[Posterior, _Chains]:
     """Rounds of steps of all chains, and what the kept samples tell."""
     windows, start, keys = given
-    lanes = partial(jax.tree.map, lambda a: jnp.moveaxis(a, 0, -1)[..., None, :])
+    lanes = partial(jax.tree.map, lambda a: to_lanes(a)[..., None, :])
     mask = lanes(start.mask)
     model = scene_model(lanes(windows), mask, known, softness=HARD, uniform=True)
     fitted, root = lanes((chains.fitted, chains.root))
@@ -347,9 +347,9 @@ def _adapted(
     """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
     off = samples - samples.mean(0)
     covariance = jnp.einsum("spl,sql->pql", off, off, precision="highest") / len(samples)
-    last = jnp.moveaxis(samples[-chains.theta.shape[1] :], -1, 0)
-    root = jnp.moveaxis(_roots(covariance, mask.T[:, None]), -1, 0)
-    return chains._replace(theta=last, root=root, log_length=log_length)
+    last = samples[-chains.theta.shape[1] :], _roots(covariance, mask.T[:, None])
+    theta, root = from_lanes(last)
+    return chains._replace(theta=theta, root=root, log_length=log_length)
 
 
 def _roots(covariance: jax.Array, mask: jax.Array) -> jax.Array:

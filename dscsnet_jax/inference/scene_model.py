@@ -31,7 +31,7 @@ from dscsnet_jax.inference.lanes import materialised, sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.places import Square, log_sequential
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.inference.theta import parts_of, spread, theta_of, with_jacobian
+from dscsnet_jax.inference.theta import pairs_of, parts_of, spread, theta_of, with_jacobian
 from dscsnet_jax.physics.limits import point_response_derivative
 from dscsnet_jax.physics.optics import point_response, psf_sigma
 from dscsnet_jax.physics.targets import Targets
@@ -225,9 +225,8 @@ class SceneModel:
         information = spd.diagonal_matrix(diagonal)
         if self.mask.shape[0] > 1:
             apart = tuple(place[:, None] - place[None] for place in parts_of(theta)[:2])
-            both = self.mask[:, None] & self.mask[None]
-            both &= ~spd.behind(np.eye(len(apart[0]), dtype=bool), both.ndim)
-            wall, push = jax.linearize(partial(self._too_close, both=both), *apart)
+            too_close = partial(self._too_close, both=pairs_of(self.mask))
+            wall, push = jax.linearize(too_close, *apart)
             unit = jnp.ones_like(wall), jnp.zeros_like(wall)
             by_place = push(*unit), push(*unit[::-1])
             cost.append(_flat(wall**2 / 4))  # each pair is there twice

@@ -21,6 +21,12 @@ def present_of(mask: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.repeat(mask, 3, 0), jnp.ones((1, *mask.shape[1:]), bool)])
 
 
+def pairs_of(mask: jax.Array) -> jax.Array:
+    """(K, K, ...) bool: two different targets, both present."""
+    same = spd.behind(np.eye(mask.shape[0], dtype=bool), mask.ndim + 1)
+    return mask[:, None] & mask[None] & ~same
+
+
 def with_jacobian(function: Any, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Values (R, ...) and their Jacobian (R, 3K+1, ...), in one forward sweep."""
     value, push = jax.linearize(function, theta)
@@ -40,10 +46,9 @@ def theta_of(row: jax.Array, col: jax.Array, v: jax.Array, t: jax.Array) -> jax.
 
 def spread(block: jax.Array, i: int, j: int) -> jax.Array:
     """(3K+1, 3K+1, ...) with a block (K, K, ...) in the `i`-th rows and `j`-th cols of targets."""
-    size, behind = 3 * block.shape[0], block.shape[2:]
+    size, windows = 3 * block.shape[0], block.shape[2:]
     place = np.zeros((1, 3, 1, 3), block.dtype)
     place[0, i, 0, j] = 1
-    table = (block[:, None, :, None] * spd.behind(place, block.ndim + 2)).reshape(
-        size, size, *behind
-    )
-    return jnp.pad(table, ((0, 1), (0, 1), *((0, 0) for _ in behind)))
+    table = block[:, None, :, None] * spd.behind(place, block.ndim + 2)
+    table = table.reshape(size, size, *windows)
+    return jnp.pad(table, ((0, 1), (0, 1), *((0, 0) for _ in windows)))
