@@ -32,7 +32,7 @@ from dscsnet_jax.physics.targets import Targets
 
 SIDE, MIDDLE, SIGMA, NOISE = 7, 3.0, 0.5, 2.0
 RANGE = (150.0, 250.0)
-APART = 1.2  # pixels; without a prior, nearer targets would feel where their intensities end
+APART = 2.0  # pixels; without a prior, nearer targets would feel where their intensities end
 COUNT = (0.0, 0.5, 0.5)
 PRIORS: dict[str, ScenePrior] = {
     "none": scene_prior(),
@@ -72,7 +72,7 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
     """
     offset, size = PRIORS[prior].cluster_offset, PRIORS[prior].cluster_size
     low, high = (-1.5, 1.5) if offset is None else (offset, offset + size)
-    apart = APART if prior in ("none", "intensity") else float(PRIORS[prior].separation)
+    apart = APART if prior == "none" else float(PRIORS[prior].separation)
     places = rng.uniform(low, high, (num, 2, 2))
     while (near := np.linalg.norm(places[:, 0] - places[:, 1], axis=1) < apart).any():
         places[near] = rng.uniform(low, high, (near.sum(), 2, 2))

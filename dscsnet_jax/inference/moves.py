@@ -55,7 +55,7 @@ def propose(
 
     def walk() -> jax.Array:
         stride = sum_of(root[:, q, None] * centred[q][None] for q in range(size))
-        return model.mirrored(theta + stride, theta)
+        return theta + stride
 
     def rotate() -> jax.Array:
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)

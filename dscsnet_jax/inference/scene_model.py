@@ -245,24 +245,6 @@ class SceneModel:
                 information += d[:, None] * d[None]
         return PriorTerms(jnp.concatenate(cost), gradient, information)
 
-    def mirrored(self, theta: jax.Array, at: jax.Array) -> jax.Array:
-        """`theta` mirrored at the ends of its ranges: those of `u`, and of the square around `at`.
-
-        A symmetric proposal from `at` stays one, and none is wasted beyond the ranges. Larger
-        squares than a pixel overlap: the way back could begin in another, so there is no mirror.
-        """
-        row, col, v, _ = parts_of(theta)
-        prior = self.known.prior
-        if self.uniform and prior.intensity is not None:
-            v = _folded(v)
-        if prior.cluster_offset is not None:
-            size, begins = prior.cluster_size, [self._square(p).begin for p in parts_of(at)[:2]]
-            row, col = (
-                jnp.where(size <= 1, begin + size * _folded((place - begin) / size), place)
-                for place, begin in zip((row, col), begins, strict=True)
-            )
-        return theta_of(row, col, v, theta[-1])
-
     def _responses(self, row: jax.Array, col: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(N, K, ...) and (M, K, ...) responses along the axes."""
         sigma, shape = psf_sigma(self.known.sigma).astype(row.dtype), self.seen.counts.shape
@@ -362,11 +344,6 @@ def scene_model(
     known = jax.tree.map(lambda a: jnp.asarray(a, seen.counts.dtype), known)
     scale, censors = pixels.all_counts(seen, known.gain), seen.saturated.any()
     return SceneModel(seen, mask, known, scale, censors, softness, uniform)
-
-
-def _folded(u: jax.Array) -> jax.Array:
-    """A coordinate mirrored at 0 and 1."""
-    return 1 - jnp.abs(u - 2 * jnp.floor(u / 2) - 1)
 
 
 def _flat(image: jax.Array) -> jax.Array:

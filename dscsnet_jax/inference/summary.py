@@ -160,7 +160,8 @@ def _summary(
     share = jnp.minimum(share / jnp.maximum(3 * mask.sum(-1), 1), _LARGEST_SHARE)
     covariance = covariance * ((1 + share) / (1 - share))[:, None, None]
     ordered = sort_leading(samples)
-    at = np.round(np.array(LEVELS) * (number - 1)).astype(int)
+    # The truth is below the i-th of n samples with probability i / (n + 1).
+    at = np.clip(np.round(np.array(LEVELS) * (number + 1)).astype(int) - 1, 0, number - 1)
     interval = jnp.moveaxis(ordered[at], (0, -1), (-1, 0))
     mean = jnp.moveaxis(mean, -1, 0)
     present, both = mask[..., None], jnp.repeat(mask, 3, -1)
