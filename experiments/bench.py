@@ -51,11 +51,11 @@ from budget import (
 from ml_collections import ConfigDict
 
 from dscsnet_jax.cli.simulate import simulated
-from dscsnet_jax.estimation.readout import REFERENCE_THRESHOLD, ReadoutRule
 from dscsnet_jax.estimation.unmix import known_of, unmix
 from dscsnet_jax.evaluation.metrics import count_accuracy
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.io.weights import Weights, load_weights
+from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, ReadoutRule
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.scene import Preset, frame_keys
 from dscsnet_jax.physics.targets import Targets

@@ -8,9 +8,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation.readout import REFERENCE_THRESHOLD, threshold_cells
 from dscsnet_jax.estimation.unmix import bayes_reference, known_of
 from dscsnet_jax.evaluation.report import Scores, evaluate
+from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, threshold_cells
 from dscsnet_jax.physics.grid import grid_map
 from dscsnet_jax.physics.limits import preset_limit
 from dscsnet_jax.physics.scene import Preset

@@ -1,1 +1,1 @@
-"""Estimation: from sub-pixel maps to targets: read-out and the main job, `unmix`."""
+"""Estimation: whole sets of frames, from first targets to the answer of `unmix`."""

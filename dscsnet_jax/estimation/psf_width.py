@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from scipy import optimize
 
+from dscsnet_jax.batching import in_blocks
 from dscsnet_jax.estimation import windows
-from dscsnet_jax.estimation.blocks import in_blocks
 from dscsnet_jax.estimation.solve import fitted, joined, sampled_windows, selected
 from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import Fit

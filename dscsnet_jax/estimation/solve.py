@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation import windows
-from dscsnet_jax.estimation.blocks import (
+from dscsnet_jax.batching import (
     frames_per_block,
     in_blocks,
     take_rows,
     windows_per_block,
 )
-from dscsnet_jax.estimation.detect import peaks_of
+from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.windows import Windows
 from dscsnet_jax.inference import observation as observing
 from dscsnet_jax.inference import program
@@ -31,6 +30,7 @@ from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.inference.sampler import Posterior, sample
+from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.physics.targets import Targets, from_arrays
 
 ESTIMATES = ("mean", "map")

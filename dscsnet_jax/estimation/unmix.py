@@ -13,15 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
-from dscsnet_jax.estimation.network_map import check_width, read_maps, read_windows
+from dscsnet_jax.batching import frames_per_block, in_blocks
 from dscsnet_jax.estimation.psf_width import fit_width
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
 from dscsnet_jax.estimation.solve import ESTIMATES, solve
+from dscsnet_jax.estimation.start import read_windows
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
+from dscsnet_jax.maps.network import check_width, read_maps
 from dscsnet_jax.physics.scene import Preset, presets
 from dscsnet_jax.physics.targets import Targets, no_targets
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
+from dscsnet_jax.batching import frames_per_block, in_blocks
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.targets import Targets, from_arrays, no_targets

@@ -22,10 +22,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dscsnet_jax.estimation.readout import threshold_cells
 from dscsnet_jax.evaluation.report import Scores, evaluate, join_batches
 from dscsnet_jax.io.outputs import replacing
 from dscsnet_jax.io.weights import Metadata, check_geometry, geometry_of, load_weights, save_weights
+from dscsnet_jax.maps.readout import threshold_cells
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.scene import Preset, frame_keys, simulate
 from dscsnet_jax.physics.targets import Targets

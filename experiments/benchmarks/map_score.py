@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.readout import threshold_cells
 from dscsnet_jax.estimation.unmix import pretrained, unmix
 from dscsnet_jax.evaluation.report import Scores, evaluate, format_table
 from dscsnet_jax.io.weights import Weights, load_weights
+from dscsnet_jax.maps.readout import threshold_cells
 from dscsnet_jax.physics import grid, limits, scene
 from dscsnet_jax.physics.targets import Targets
 

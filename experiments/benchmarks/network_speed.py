@@ -18,8 +18,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dscsnet_jax.estimation.network_map import network_of
 from dscsnet_jax.estimation.unmix import pretrained
+from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.training.config import default_config

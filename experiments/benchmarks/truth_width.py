@@ -15,8 +15,8 @@ import argparse
 
 import jax.numpy as jnp
 
-from dscsnet_jax.estimation.readout import peak_centroids, threshold_cells
 from dscsnet_jax.evaluation.report import evaluate, format_table
+from dscsnet_jax.maps.readout import peak_centroids, threshold_cells
 from dscsnet_jax.physics import grid, scene
 
 

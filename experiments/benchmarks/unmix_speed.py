@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.network_map import network_of
 from dscsnet_jax.estimation.unmix import pretrained, unmix
 from dscsnet_jax.io.weights import Weights
+from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import sensing_operator
 

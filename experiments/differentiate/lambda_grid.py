@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.readout import peak_centroids
 from dscsnet_jax.evaluation.metrics import cso_map
+from dscsnet_jax.maps.readout import peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists
 from dscsnet_jax.unfolding.admm import admm_lasso

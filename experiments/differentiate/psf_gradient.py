@@ -21,13 +21,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from scipy.optimize import newton
 
-from dscsnet_jax.estimation.network_map import network_of
-from dscsnet_jax.estimation.readout import peak_centroids
 from dscsnet_jax.estimation.unmix import pretrained
 from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.maps.network import network_of
+from dscsnet_jax.maps.readout import peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists
 from dscsnet_jax.unfolding.solvers import solve_lasso

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.network_map import network_of
 from dscsnet_jax.estimation.unmix import pretrained
+from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.physics.grid import grid_map
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import from_lists

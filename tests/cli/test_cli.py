@@ -17,10 +17,10 @@ from PIL import Image
 from dscsnet_jax import cli
 from dscsnet_jax.cli import VERBS, evaluate, main, progress, scoring, simulate, unmix
 from dscsnet_jax.estimation import unmix as library
-from dscsnet_jax.estimation.readout import threshold_cells
 from dscsnet_jax.evaluation import report
 from dscsnet_jax.io.csist import read_csist
 from dscsnet_jax.io.frames import FrameStack, read_frames
+from dscsnet_jax.maps.readout import threshold_cells
 from dscsnet_jax.physics import limits, scene
 from dscsnet_jax.training import loop
 

@@ -9,9 +9,9 @@ import pytest
 
 from dscsnet_jax.cli import import_weights
 from dscsnet_jax.cli import main as run_command
-from dscsnet_jax.estimation.network_map import network_of
 from dscsnet_jax.io.torch_checkpoint import read_state
 from dscsnet_jax.io.weights import Geometry, load_weights
+from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.unfolding.baselines.ista_net import IstaNet, IstaNetConfig
 from dscsnet_jax.unfolding.registry import make_network

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.estimation import solve as solving
-from dscsnet_jax.estimation.network_map import network_of
-from dscsnet_jax.estimation.readout import peak_centroids
 from dscsnet_jax.estimation.result import UnmixResult
-from dscsnet_jax.estimation.tiling import TILE
 from dscsnet_jax.estimation.unmix import bayes_reference, known_of, pretrained, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.io.weights import packaged_weights
+from dscsnet_jax.maps.network import network_of
+from dscsnet_jax.maps.readout import peak_centroids
+from dscsnet_jax.maps.tiling import TILE
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 import pytest
 
-from dscsnet_jax.estimation.readout import threshold_cells
 from dscsnet_jax.estimation.unmix import known_of, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.io.weights import load_weights
+from dscsnet_jax.maps.readout import threshold_cells
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.physics.targets import Targets

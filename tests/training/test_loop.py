@@ -15,9 +15,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation.readout import threshold_cells
 from dscsnet_jax.evaluation.report import Scores, evaluate
 from dscsnet_jax.io.weights import Geometry, load_weights
+from dscsnet_jax.maps.readout import threshold_cells
 from dscsnet_jax.physics import scene as scenes
 from dscsnet_jax.physics.optics import sensing_operator
 from dscsnet_jax.physics.targets import Targets

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation.readout import peak_centroids, threshold_cells
 from dscsnet_jax.evaluation.report import evaluate
+from dscsnet_jax.maps.readout import peak_centroids, threshold_cells
 from dscsnet_jax.physics import grid, scene
 
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation.detect import LEAST_SNR, detect, peaks_of
 from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter, places
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known, scene_prior
+from dscsnet_jax.maps.detect import LEAST_SNR, detect, peaks_of
 from dscsnet_jax.physics.optics import point_response, render
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 

@@ -1,4 +1,4 @@
-"""Network map: networks bound to one size of frames see whole frames, others windows."""
+"""Network: networks bound to one size of frames see whole frames, others windows."""
 
 from functools import cache, partial
 from typing import Any
@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation import network_map
-from dscsnet_jax.estimation.readout import Readout, peak_centroids
+from dscsnet_jax.estimation import start
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Metadata, Weights, geometry_of
+from dscsnet_jax.maps.network import read_maps
+from dscsnet_jax.maps.readout import Readout, peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 from dscsnet_jax.unfolding.registry import make_network
@@ -54,18 +55,18 @@ def weights_of(name: str, **config: Any) -> Weights:
 def sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what the network is shown."""
     shapes: list[tuple[int, ...]] = []
-    read = network_map.read_maps
+    read = start.read_maps
 
     def recorded(observation: Observation, *args: Any, **how: Any) -> Any:
         shapes.append(observation.counts.shape[1:])
         return read(observation, *args, **how)
 
-    monkeypatch.setattr(network_map, "read_maps", recorded)
+    monkeypatch.setattr(start, "read_maps", recorded)
     return shapes
 
 
 def read_windows(side: int, weights: Weights) -> tuple[Targets, np.ndarray]:
-    return network_map.read_windows(seen(side), weights, KNOWN, **SETTINGS)
+    return start.read_windows(seen(side), weights, KNOWN, **SETTINGS)
 
 
 def by_hand(weights: Weights, counts: np.ndarray, max_targets: int) -> Readout:
@@ -125,13 +126,13 @@ def test_a_map_shows_neither_level_nor_neighbours() -> None:
     lone = quick_jit(partial(render, frame_size=SIDE, sigma=SIGMA))(from_lists(pair))
     settings = {**SETTINGS, "readout": "peaks"}
     told = whole.replace(neighbours=np.asarray(others))
-    maps, found, _ = network_map.read_maps(told, weights, KNOWN, **settings)
+    maps, found, _ = read_maps(told, weights, KNOWN, **settings)
     bare = whole.replace(
         counts=np.concatenate([np.asarray(lone)[:1], whole.counts[1:] - np.float32(BACKGROUND)]),
         pedestal=np.zeros_like(whole.pedestal),
         background=np.zeros_like(whole.background),
     )
-    expected, _, _ = network_map.read_maps(bare, weights, KNOWN, **settings)
+    expected, _, _ = read_maps(bare, weights, KNOWN, **settings)
     # Rounding of the differences, of which maps are made.
     np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-3)
     assert expected.max() > 10

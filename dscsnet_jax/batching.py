@@ -1,4 +1,4 @@
-"""Blocks: run a function over many frames in pieces of one fixed shape.
+"""Batching: run a function over many frames in pieces of one fixed shape.
 
 One shape means one compiled program, whatever the number of frames, and the same
 arithmetic for a frame wherever it stands: answers do not depend on the batch.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.blocks import frames_per_block, in_blocks
+from dscsnet_jax.batching import frames_per_block, in_blocks
 from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import variance

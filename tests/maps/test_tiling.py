@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dscsnet_jax.estimation.tiling import tile_starts, tiled_map
+from dscsnet_jax.maps.tiling import tile_starts, tiled_map
 
 CASES = [(20, 8, 2), (21, 8, 3), (9, 8, 2), (8, 8, 2), (5, 8, 2), (100, 30, 7), (31, 16, 5)]
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation import blocks
-from dscsnet_jax.estimation.blocks import in_blocks, take_rows, windows_per_block
+from dscsnet_jax import batching
+from dscsnet_jax.batching import in_blocks, take_rows, windows_per_block
 
 
 @pytest.fixture(params=[1, 3], autouse=True)
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(blocks, "_cores", lambda: request.param)
+    monkeypatch.setattr(batching, "_cores", lambda: request.param)
     return request.param
 
 

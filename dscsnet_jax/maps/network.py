@@ -1,7 +1,6 @@
-"""Network map: the network's sub-pixel map of frames, and the targets read out of it.
+"""Network: its sub-pixel map of frames, and the targets read out of it.
 
-The map of whole frames (`read_maps`), or of windows around what the matched filter sees
-(`read_windows`): a network that does not know the size of frames need not look at empty sky.
+Frames may be windows, with the light of neighbours told.
 """
 
 from __future__ import annotations
@@ -15,22 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from dscsnet_jax.estimation import windows
-from dscsnet_jax.estimation.detect import peaks_of
-from dscsnet_jax.estimation.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
-from dscsnet_jax.estimation.tiling import TILE, tiled_map
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import pixel_std
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Weights, check_geometry
+from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
+from dscsnet_jax.maps.tiling import TILE, tiled_map
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.targets import Targets
-from dscsnet_jax.unfolding.registry import Network, is_frame_bound, make_network
+from dscsnet_jax.unfolding.registry import Network, make_network
 
 _TILE_BATCH = 4
 _PEAK_SHARE, _PEAK_NOISE = 0.15, 6.0  # least energy of a peak: of the scale, in noise
 _LEAST_BATCH = 8
-_FAINTEST_SNR = 4.0  # of a peak that is worth a look
 _PRIOR_SHARE = 0.4  # least energy of a peak, of the prior's least intensity
 
 _operator = jax.jit(sensing_operator, static_argnames=("frame_size", "division"))
@@ -114,59 +110,6 @@ def read_maps(
         parts.append((np.asarray(x), _read(x, energy, rule)))
     maps, read = (_join(side, len(y)) for side in zip(*parts, strict=True))
     return maps, read.targets, read.truncated
-
-
-def read_windows(
-    observation: Observation,
-    weights: Weights,
-    known: Known,
-    *,
-    threshold: float | None,
-    max_targets: int,
-    batch_size: int,
-) -> tuple[Targets, np.ndarray]:
-    """Peaks of the maps of windows around all that stands out, and where slots were missing.
-
-    Arguments as of `read_maps`. Frames are looked at as a whole by networks that are bound
-    to their size.
-    """
-    read = functools.partial(
-        read_maps,
-        weights=weights,
-        known=known,
-        readout="peaks",
-        threshold=threshold,
-        batch_size=batch_size,
-    )
-    if is_frame_bound(network_of(weights)):
-        return read(observation, max_targets=max_targets)[1:]
-    peaks = peaks_of(observation, known, max_targets=max_targets, least_snr=_FAINTEST_SNR)
-    shapes = windows.exact_shapes(float(np.max(known.sigma)))[2:]
-    cuts, crowded = windows.cut(observation, peaks, shapes, sigma=known.sigma)
-    parts = []
-    for w in cuts:
-        slots = w.targets.mask.shape[1]
-        _, found, over = read(w.observation, max_targets=slots)
-        crowded[w.frame[over]] = True
-        parts.append((w, _own(found, w, peaks), ()))
-    targets, _, over = windows.join(parts, len(crowded), max_targets)
-    return targets, over | crowded
-
-
-def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
-    """Without what belongs to a neighbouring window: nearer to its peaks than to the own."""
-    place = np.asarray(found.position)
-
-    def nearest(to: np.ndarray, there: np.ndarray) -> np.ndarray:
-        apart = ((place[:, :, None] - to[:, None]) ** 2).sum(-1)
-        return np.where(there[:, None], apart, np.inf).min(-1, initial=np.inf)
-
-    of_frame, of_window = (jax.tree.map(np.asarray, t) for t in (peaks, w.targets))
-    closest = nearest(
-        of_frame.position[w.frame] - w.observation.origin[:, None], of_frame.mask[w.frame]
-    )
-    own = nearest(of_window.position, of_window.mask) <= closest + 1e-3
-    return dataclasses.replace(found, mask=found.mask & own)
 
 
 @functools.partial(jax.jit, static_argnames="network")

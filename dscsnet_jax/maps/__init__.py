@@ -1,0 +1,1 @@
+"""Maps: from frames to sub-pixel maps and first targets."""
