@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-BLOCK = 128
-_PIXELS = 1 << 22
+# Of a block on CPU and on an accelerator: pixels, most frames, most windows.
+_PIXELS, _FRAMES, _WINDOWS = (1 << 12, 1 << 22), (16, 256), (512, 2048)
+_CHAINS = (32, 1024)  # windows whose chains run together
 _FEWEST, _STEP = 32, 4  # windows of the smallest block; factor to the next size
-_LARGEST_ON_CPU, _LARGEST = 512, 2048
 # JAX's settings that a `with` sets for one thread only.
 _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
@@ -37,14 +37,16 @@ _compiled: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.Wea
 
 
 def frames_per_block(shape: tuple[int, ...]) -> int:
-    """Whole frames of a shape that go into a block: fewer large ones.
+    """Whole frames of a shape that go into a block, whatever their number.
+
+    Few on CPU, where a lone frame costs as much as a block.
 
     Example:
-      >>> frames_per_block((11, 11)), frames_per_block((1024, 1024))
-      (128, 4)
+      >>> frames_per_block((11, 11)) >= frames_per_block((1024, 1024)) >= 1
+      True
     """
-    pixels = int(np.prod(shape))
-    return int(np.clip(_PIXELS // max(pixels, 1), 1, BLOCK))
+    pixels = max(int(np.prod(shape)), 1)
+    return int(np.clip(_here(_PIXELS) // pixels, 1, _here(_FRAMES)))
 
 
 def windows_per_block(number: int) -> int:
@@ -57,15 +59,23 @@ def windows_per_block(number: int) -> int:
       >>> windows_per_block(3)
       32
     """
-    on_cpu = jax.default_backend() == "cpu"
-    share, most = (-(-number // _cores()), _LARGEST_ON_CPU) if on_cpu else (number, _LARGEST)
+    share = -(-number // _cores()) if jax.default_backend() == "cpu" else number
     size = _FEWEST
-    while size < min(share, most):
+    while size < min(share, _here(_WINDOWS)):
         size *= _STEP
     return size
 
 
-def in_blocks(function: Callable[..., Any], batched: Any, *shared: Any, size: int = BLOCK) -> Any:
+def chains_per_block() -> int:
+    """Windows of a block whose chains run together, whatever their number."""
+    return _here(_CHAINS)
+
+
+def _here(values: tuple[int, int]) -> int:
+    return values[jax.default_backend() != "cpu"]
+
+
+def in_blocks(function: Callable[..., Any], batched: Any, *shared: Any, size: int) -> Any:
     """`function(batched, *shared)`, block by block along the leading axis.
 
     The last block is filled up with copies of its first frame. On CPU a block's program is

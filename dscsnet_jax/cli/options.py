@@ -62,7 +62,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", help="a .safetensors file, or the name of packaged weights")
     parser.add_argument(
-        "--batch-size", type=positive, default=256, help="frames at once (default 256)"
+        "--batch-size", type=positive, help="frames at once in the network; default: by the device"
     )
 
 

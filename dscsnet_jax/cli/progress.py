@@ -14,7 +14,7 @@ from rich.progress import track
 Item = TypeVar("Item")
 
 RUN = 2048
-"""Frames after which to report: many small runs would fill few windows of each shape."""
+"""Frames after which to report: many small runs would fill few blocks of windows."""
 
 
 def tracked(items: Sequence[Item], label: str) -> Iterator[Item]:
@@ -44,8 +44,6 @@ def stage(label: str) -> contextlib.AbstractContextManager[object]:
 
 def runs_of(frames: np.ndarray, size: int) -> list[np.ndarray]:
     """Cut frames into runs of `size`; what is left over joins the last run.
-
-    A run of its own would be a batch of another shape, and compile once more.
 
     Args:
       frames: (B, N, M) counts.

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
     """Runs of frames to report progress by; all at once if they share a fit of the PSF."""
-    size = len(stack.frames) if args.fit_psf else max(args.batch_size, progress.RUN)
+    size = len(stack.frames) if args.fit_psf else max(args.batch_size or 1, progress.RUN)
     runs = progress.runs_of(stack.frames, max(size, 1))
     ends = np.cumsum([len(frames) for frames in runs]).tolist()
     return [

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from dscsnet_jax.batching import in_blocks
+from dscsnet_jax.batching import in_blocks, windows_per_block
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.solve import fitted, joined, sampled_windows, selected
 from dscsnet_jax.inference.evidence import log_evidence
@@ -73,7 +73,10 @@ def fit_width(
 
     def cost(log_factor: float, start: Targets) -> float:
         trial = widened(log_factor)
-        parts = (in_blocks(_evidence, (f, w.observation), trial) for w, f in fits(trial, start))
+        parts = (
+            in_blocks(_evidence, (f, w.observation), trial, size=windows_per_block(len(w.frame)))
+            for w, f in fits(trial, start)
+        )
         # A window whose count the prior excludes tells nothing of the width.
         return -float(sum(part.sum(dtype=float, where=np.isfinite(part)) for part in parts))
 

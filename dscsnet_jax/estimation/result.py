@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from dscsnet_jax.estimation.solve import Solved
-from dscsnet_jax.estimation.windows import frame_sources
+from dscsnet_jax.estimation.windows import frame_sources, linked, reach_of_groups
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.targets import Targets
@@ -190,12 +190,18 @@ def _unresolved(targets: Targets, std: np.ndarray, known: Known) -> np.ndarray:
     """(B, K): a broad place, a neighbour within the errors, or no such scene as the prior's."""
     mask, position = np.asarray(targets.mask), np.asarray(targets.position)
     spread = np.sqrt((std[..., :2] ** 2).sum(-1))
-    apart = np.sqrt(((position[:, :, None] - position[:, None, :]) ** 2).sum(-1))
-    other = mask[:, :, None] & mask[:, None, :] & ~np.eye(mask.shape[1], dtype=bool)
-    error = np.sqrt(spread[:, :, None] ** 2 + spread[:, None, :] ** 2) / 2**0.5
-    too_close = apart < float(known.prior.separation) - _SEPARATION_SLACK
-    blended = (other & ((apart < _UNRESOLVED_GAP * error) | too_close)).any(-1)
-    broad = ~(spread < _UNRESOLVED_PIXELS * np.mean(known.sigma) * 2**0.5)
+    broadest = _UNRESOLVED_PIXELS * float(np.mean(known.sigma)) * 2**0.5
+    least = float(known.prior.separation) - _SEPARATION_SLACK
+    frame, slot = np.nonzero(mask)
+    place, wide = position[frame, slot], spread[frame, slot]
+    one, other = linked(place, frame, max(reach_of_groups(float(np.max(known.sigma))), least)).T
+    apart = np.sqrt(((place[one] - place[other]) ** 2).sum(-1))
+    error = np.sqrt((wide[one] ** 2 + wide[other] ** 2) / 2)
+    blends = (apart < _UNRESOLVED_GAP * error) | (apart < least)
+    blended = np.zeros_like(mask)
+    for end in (one[blends], other[blends]):
+        blended[frame[end], slot[end]] = True
+    broad = ~(spread < broadest)
     found = blended | broad
     if known.prior.intensity is not None:
         brightest = float(known.prior.intensity.range[1])

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dscsnet_jax.batching import (
+    chains_per_block,
     frames_per_block,
     in_blocks,
     take_rows,
@@ -24,12 +25,12 @@ from dscsnet_jax.batching import (
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.windows import Windows
 from dscsnet_jax.inference import observation as observing
-from dscsnet_jax.inference import program
+from dscsnet_jax.inference import program, sampler
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.program import Selected
-from dscsnet_jax.inference.sampler import Posterior, sample
+from dscsnet_jax.inference.sampler import Posterior
 from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.physics.targets import Targets, from_arrays
 
@@ -247,41 +248,73 @@ def sampled(
 
 
 def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = False) -> Posterior:
-    """`sampler.sample` of windows of one shape, block by block."""
-    return _run(partial(_sample, width_slope=width_slope), w, known, np.uint32(seed))
+    """`sampler.sample` of windows of one shape, in blocks of one size.
+
+    Those whose chains disagree are gathered into new blocks, so that few slow ones do not cost
+    all others their time.
+    """
+    told, size = (known, np.uint32(seed)), chains_per_block()
+    run = partial(_turn, width_slope=width_slope)
+    todo = np.arange(len(w.frame))
+    chains = _run(_begin, w, *told, size=size)
+    answers: list[tuple[np.ndarray, Posterior]] = []
+    for number in range(sampler.NUM_TURNS):
+        new, chains = _run(run, take_rows(w, todo), *told, np.int32(number), size=size, more=chains)
+        answers.append((todo, new))
+        on = np.flatnonzero(~new.converged)
+        todo, chains = todo[on], take_rows(chains, on)
+        if not len(todo):
+            break
+    last = np.zeros(len(w.frame), int)
+    begins = np.cumsum([0, *(len(rows) for rows, _ in answers)])
+    for begin, (rows, _) in zip(begins, answers, strict=False):
+        last[rows] = begin + np.arange(len(rows))
+    whole = jax.tree.map(lambda *a: np.concatenate(a), *(new for _, new in answers))
+    return take_rows(whole, last)
 
 
-def _run(function: Callable[..., Any], w: Windows, *shared: Any) -> Any:
-    """`function((windows, targets), *shared)`; blocks are filled up with empty windows.
+def _run(
+    function: Callable[..., Any], w: Windows, *shared: Any, size: int | None = None, more: Any = ()
+) -> Any:
+    """`function((windows, targets, more), *shared)`; blocks are filled up with empty windows.
 
     Those are quickly done: there is nothing to see, nor to doubt.
     """
     number = len(w.targets.mask)
-    size = windows_per_block(number)
+    size = windows_per_block(number) if size is None else size
     index = np.arange(-(-number // size) * size)
     there = index < number
-    seen, targets = take_rows((w.observation, w.targets), np.where(there, index, 0))
+    seen, targets, more = take_rows((w.observation, w.targets, more), np.where(there, index, 0))
     seen = dataclasses.replace(seen, valid=seen.valid & there[:, None, None])
     targets = dataclasses.replace(targets, mask=targets.mask & there[:, None])
-    return take_rows(in_blocks(function, (seen, targets), *shared, size=size), index[there])
+    answer = in_blocks(function, (seen, targets, more), *shared, size=size)
+    return take_rows(answer, index[there])
 
 
-_Given = tuple[Observation, Targets]
+_Given = tuple[Observation, Targets, Any]
 
 
 @jax.jit
 def _fit(given: _Given, known: Known) -> Fit:
-    return program.fit_windows(*given, known)
+    return program.fit_windows(*given[:2], known)
 
 
 @partial(jax.jit, static_argnames="only_add")
 def _select(given: _Given, known: Known, *, only_add: bool) -> Selected:
-    return program.select(*given, known, only_add=only_add)
+    return program.select(*given[:2], known, only_add=only_add)
+
+
+@jax.jit
+def _begin(given: _Given, known: Known, seed: jax.Array) -> sampler.Chains:
+    return sampler.begin(*given[:2], known, jax.random.key(seed))
 
 
 @partial(jax.jit, static_argnames="width_slope")
-def _sample(given: _Given, known: Known, seed: jax.Array, *, width_slope: bool) -> Posterior:
-    return sample(*given, known, jax.random.key(seed), width_slope=width_slope)
+def _turn(
+    given: _Given, known: Known, seed: jax.Array, number: jax.Array, *, width_slope: bool
+) -> tuple[Posterior, sampler.Chains]:
+    key = jax.random.key(seed)
+    return sampler.turn(*given, known, key, number, width_slope=width_slope)
 
 
 @jax.jit

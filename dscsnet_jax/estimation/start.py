@@ -30,7 +30,7 @@ def read_windows(
     *,
     threshold: float | None,
     max_targets: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[Targets, np.ndarray]:
     """Peaks of the maps of windows around all that stands out, and where slots were missing.
 

@@ -119,7 +119,7 @@ def unmix(
     threshold: float | None = None,
     max_targets: int | None = None,
     mask_invalid: bool = False,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     return_maps: bool = False,
 ) -> UnmixResult:
@@ -155,7 +155,8 @@ def unmix(
         50 counts for `cells`.
       max_targets: slots per frame, `K`; None: 16, or one per 8 pixels if that is more.
       mask_invalid: leave NaN and Inf pixels out and flag the frame, instead of an error.
-      batch_size: frames at once in the network.
+      batch_size: frames at once in the network; None: what suits the device. Another number
+        changes the answers by rounding.
       seed: of the posterior's random numbers.
       return_maps: make, or keep, the maps of whole frames; None is returned for `greedy`.
 
@@ -226,7 +227,7 @@ def unmix(
     return solved_result(solved, known, truncated=over, maps=maps)
 
 
-def _check_choices(method: str, estimate: str, readout: str, batch_size: int) -> None:
+def _check_choices(method: str, estimate: str, readout: str, batch_size: int | None) -> None:
     choices = (
         ("method", method, METHODS),
         ("estimate", estimate, ESTIMATES),
@@ -237,7 +238,7 @@ def _check_choices(method: str, estimate: str, readout: str, batch_size: int) ->
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
     if readout == "cells" and method != "grid":
         raise ValueError("the read-out 'cells' goes with the method 'grid' only")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 

@@ -14,14 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
-from dscsnet_jax.batching import frames_per_block, in_blocks
+from dscsnet_jax.batching import in_blocks, windows_per_block
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.targets import Targets, from_arrays, no_targets
 
 _REACH = 4.0  # PSF sigmas around a target that its window holds
 _LINK = 4.0  # PSF sigmas and a pixel between targets that are fitted together
+_FAR = 7.0  # PSF sigmas at which a target's light ends, below the rounding of its peak
 _LINK_LEVELS = 6
 _LINK_STEP = 0.7
 
@@ -88,19 +92,21 @@ def cut(
       The windows, one item per shape that occurs, and (B,) bool: a group did not fit
       into the largest shape, and its weakest targets were left out.
     """
-    mask = np.asarray(targets.mask, bool)
-    position = np.asarray(targets.position, float)
     given = (float(np.max(sigma)) if widest is None else widest), shapes, num_free_slots
-    label = _groups(position, mask, *given)
-    frame, slot = np.nonzero(mask)
-    group, member = np.unique(frame * mask.shape[1] + label[frame, slot], return_inverse=True)
-    group_frame = group // max(mask.shape[1], 1)
-    low, high, number = _boxes(position[frame, slot], member, len(group))
+    frame, slot = np.nonzero(targets.mask)
+    position = np.asarray(targets.position, float)[frame, slot]
+    intensity = np.asarray(targets.intensity)[frame, slot]
+    label = _groups(position, frame, *given)
+    # In the order of their frames and first targets, whatever other frames hold.
+    _, first, label = np.unique(label, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    member, group_frame = np.argsort(order)[label], frame[first[order]]
+    low, high, number = _boxes(position, member, len(order))
     kind, crowded = _kinds(low, high, number, *given)
-    order = np.lexsort((-np.asarray(targets.intensity)[frame, slot], member))
+    order = np.lexsort((-intensity, member))
     rank = np.empty(len(member), int)
     rank[order] = np.arange(len(member)) - np.searchsorted(member[order], member[order])
-    truncated = np.zeros(len(mask), bool)
+    truncated = np.zeros(len(observation.counts), bool)
     truncated[group_frame[crowded]] = True
     source = frame_sources(targets, sigma, observation.counts)
     found = []
@@ -110,14 +116,13 @@ def cut(
             continue
         middle = np.rint((low[chosen] + high[chosen]) / 2).astype(int)
         origin = _inside(middle - shape.side // 2, observation.counts.shape[1:], shape.side)
-        number_of = np.full(len(group), -1)
+        number_of = np.full(len(kind), -1)
         number_of[chosen] = np.arange(len(chosen))
         inside = (number_of[member] >= 0) & (rank < shape.slots - num_free_slots)
         window, place = number_of[member[inside]], rank[inside]
-        table = np.zeros((len(chosen), shape.slots, 3), np.asarray(targets.intensity).dtype)
-        picked = position[frame[inside], slot[inside]] - origin[window]
-        table[window, place, :2] = picked
-        table[window, place, 2] = np.asarray(targets.intensity)[frame[inside], slot[inside]]
+        table = np.zeros((len(chosen), shape.slots, 3), intensity.dtype)
+        table[window, place, :2] = position[inside] - origin[window]
+        table[window, place, 2] = intensity[inside]
         present = np.zeros(table.shape[:2], bool)
         present[window, place] = True
         local = from_arrays(table[..., :2], table[..., 2], present)
@@ -176,13 +181,23 @@ def join(
 
 def frame_sources(targets: Targets, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Expected counts of all targets of each frame, in the shape (B, N, M) and type of `like`."""
-    cast = from_arrays(
-        np.asarray(targets.position, like.dtype),
-        np.asarray(targets.intensity, like.dtype),
-        np.asarray(targets.mask),
+    frame, slot = np.nonzero(targets.mask)
+    place = np.asarray(targets.position)[frame, slot]
+    side = 2 * int(np.ceil(_FAR * np.max(sigma))) + 1
+    pixel = np.rint(place).astype(int) - side // 2
+    one = from_arrays(
+        (place - pixel).astype(like.dtype)[:, None],
+        np.asarray(targets.intensity)[frame, slot].astype(like.dtype)[:, None],
+        np.ones((len(frame), 1), bool),
     )
-    render = partial(_render, frame_size=like.shape[1:])
-    return in_blocks(render, cast, sigma, size=frames_per_block(like.shape[1:]))
+    source = np.zeros_like(like)
+    if not len(frame):
+        return source
+    render = partial(_render, frame_size=(side, side))
+    light = in_blocks(render, one, sigma, size=windows_per_block(len(frame)))
+    at, inside = _pixels_at(pixel, side, like.shape[1:])
+    np.add.at(source, (frame[:, None, None], *at), np.where(inside, light, 0))
+    return source
 
 
 @partial(jax.jit, static_argnames="frame_size")
@@ -190,47 +205,44 @@ def _render(targets: Targets, sigma: jax.Array, *, frame_size: tuple[int, int]) 
     return optics.render(targets, frame_size=frame_size, sigma=sigma)
 
 
+def reach_of_groups(sigma: float) -> float:
+    """Pixels in row or col between targets that are fitted together."""
+    return _LINK * sigma + 1
+
+
+def linked(position: np.ndarray, frame: np.ndarray, reach: float) -> np.ndarray:
+    """(P, 2) pairs of targets (T, 2) of the same frame (T,) no further apart in row and col."""
+    apart = 2 * (np.abs(position).max(initial=0) + reach) + 1  # more than frames reach
+    tree = cKDTree(np.column_stack([frame * apart, position]))
+    return tree.query_pairs(reach, p=np.inf, output_type="ndarray")
+
+
 def _groups(
     position: np.ndarray,
-    mask: np.ndarray,
+    frame: np.ndarray,
     sigma: float,
     shapes: tuple[Shape, ...],
     num_free_slots: int,
 ) -> np.ndarray:
-    """(B, K) number of the group of each target: the slot of its first member.
+    """(T,) number of the group of each target (T, 2).
 
     Groups that no shape holds are parted at ever smaller gaps.
     """
-    slots = mask.shape[1]
-    apart = np.abs(position[:, :, None] - position[:, None, :]).max(-1, initial=0)
-    both = mask[:, :, None] & mask[:, None, :]
-    link = _LINK * sigma + 1
-    label = np.broadcast_to(np.arange(slots), mask.shape).copy()
-    done = ~mask
+    group = np.zeros(len(frame), int)
+    todo = np.arange(len(frame))
+    link = reach_of_groups(sigma)
     for _ in range(_LINK_LEVELS):
-        if done.all():
+        if not len(todo):
             break
-        part = _connected(both & (apart <= link) & ~done[:, :, None] & ~done[:, None, :])
-        label = np.where(done, label, part)
-        frame, slot = np.nonzero(~done)
-        group, member = np.unique(frame * slots + label[frame, slot], return_inverse=True)
-        low, high, number = _boxes(position[frame, slot], member, len(group))
-        crowded = _kinds(low, high, number, sigma, shapes, num_free_slots)[1]
-        done[frame, slot] = ~crowded[member]
+        pairs = linked(position[todo], frame[todo], link)
+        graph = coo_array((np.ones(len(pairs)), pairs.T), (len(todo),) * 2)
+        number, member = connected_components(graph, directed=False)
+        group[todo] = group.max() + 1 + member
+        boxes = _boxes(position[todo], member, number)
+        crowded = _kinds(*boxes, sigma, shapes, num_free_slots)[1]
+        todo = todo[crowded[member]]
         link = link * _LINK_STEP
-    return label
-
-
-def _connected(adjacent: np.ndarray) -> np.ndarray:
-    """(B, K) least number among all that are connected, from (B, K, K)."""
-    slots = adjacent.shape[-1]
-    label = np.broadcast_to(np.arange(slots), adjacent.shape[:2])
-    while True:
-        nearby = np.where(adjacent, label[:, None, :], slots).min(-1, initial=slots)
-        new = np.minimum(label, nearby)
-        if (new == label).all():
-            return label
-        label = new
+    return group
 
 
 def _boxes(
@@ -274,12 +286,8 @@ def _pixels(
     observation: Observation, source: np.ndarray, frame: np.ndarray, origin: np.ndarray, side: int
 ) -> Observation:
     """The windows' pixels, with all targets as neighbours; outside the frame none is valid."""
-    step = np.arange(side)
-    row = origin[:, 0, None, None] + step[None, :, None]
-    col = origin[:, 1, None, None] + step[None, None, :]
-    rows, cols = observation.counts.shape[1:]
-    inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
-    at = (frame[:, None, None], row.clip(0, rows - 1), col.clip(0, cols - 1))
+    pixel, inside = _pixels_at(origin, side, observation.counts.shape[1:])
+    at = (frame[:, None, None], *pixel)
     zero = np.zeros((), source.dtype)
     return Observation(
         counts=np.where(inside, observation.counts[at], zero),
@@ -292,6 +300,18 @@ def _pixels(
             for name in ("noise", "pedestal", "background", "background_std")
         },
     )
+
+
+def _pixels_at(
+    origin: np.ndarray, side: int, shape: tuple[int, ...]
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Rows and cols of squares that begin at `origin` (W, 2), kept in the frame, and which are."""
+    step = np.arange(side)
+    row = origin[:, 0, None, None] + step[None, :, None]
+    col = origin[:, 1, None, None] + step[None, None, :]
+    rows, cols = shape
+    inside = (row >= 0) & (row < rows) & (col >= 0) & (col < cols)
+    return (row.clip(0, rows - 1), col.clip(0, cols - 1)), inside
 
 
 def _with_neighbours(seen: Observation, own: np.ndarray) -> Observation:

@@ -46,6 +46,7 @@ THINNING = 24
 _ACCEPTANCE = 0.15
 _PIECE = 32  # windows that run together
 _TIMES = (1, 2, 4, 8)  # as many steps in each turn of a window whose chains disagree
+NUM_TURNS = len(_TIMES)
 _RIDGE = 1e-4  # of samples that are all alike
 _FIRST_WEIGHT, _LEARN_EVERY = 8.0, 4  # samples that the covariance of the fit is worth; rounds
 
@@ -110,39 +111,36 @@ def sample(
         )
     start = jax.tree.map(jnp.asarray, start)
     length, size = start.mask.shape[0], min(_PIECE, start.mask.shape[0])
-    keys = jax.vmap(partial(_stream, key))(windows)
-    given = windows, start, keys
+    given = windows, start, begin(windows, start, known, key, num_chains=num_chains)
     run = partial(
-        _run,
+        turn,
         known=known,
-        shared=jax.random.fold_in(key, 1),
+        key=key,
         num_burn_in=num_burn_in,
         num_samples=num_samples,
         thinning=thinning,
         width_slope=width_slope,
     )
-    times = jnp.asarray(_TIMES, jnp.int32)
 
     def piece(loop: _Loop) -> _Loop:
         """Windows that stand at the same turn go on together."""
-        turn = loop.turn.min()
-        index = jnp.nonzero(loop.turn == turn, size=size, fill_value=length)[0]
-        some = jax.tree.map(lambda a: a.at[index].get(mode="clip"), (given, loop.chains))
-        new = run(*some, times=times[turn], turn=turn)
+        number = loop.turn.min()
+        index = jnp.nonzero(loop.turn == number, size=size, fill_value=length)[0]
+        some = jax.tree.map(lambda a: a.at[index].get(mode="clip"), (windows, start, loop.chains))
+        new = run(*some, number=number)
         answer, chains = jax.tree.map(
             lambda a, b: a.at[index].set(b, mode="drop"), (loop.answer, loop.chains), new
         )
-        after = jnp.where(new[0].converged, len(_TIMES), turn + 1)
+        after = jnp.where(new[0].converged, NUM_TURNS, number + 1)
         return _Loop(loop.turn.at[index].set(after, mode="drop"), answer, chains)
 
-    chains = _start(windows, start, known, keys, num_chains)
-    shapes = jax.eval_shape(lambda: run(given, chains, times=1, turn=0))[0]
-    first = jnp.where(start.mask.any(1), 0, len(_TIMES)).astype(jnp.int32)
-    loop = _Loop(first, nothing(shapes), chains)
-    return jax.lax.while_loop(lambda loop: loop.turn.min() < len(_TIMES), piece, loop).answer
+    shapes = jax.eval_shape(lambda: run(*given, number=0))[0]
+    first = jnp.where(start.mask.any(1), 0, NUM_TURNS).astype(jnp.int32)
+    loop = _Loop(first, nothing(shapes), given[2])
+    return jax.lax.while_loop(lambda loop: loop.turn.min() < NUM_TURNS, piece, loop).answer
 
 
-class _Chains(NamedTuple):
+class Chains(NamedTuple):
     """Chains of windows (B, ...): where they are, and how their steps are shaped.
 
     Attributes:
@@ -150,12 +148,14 @@ class _Chains(NamedTuple):
       fitted: (B, 3K+1) the fit, by which targets are numbered.
       root: (B, 3K+1, 3K+1) root of the covariance that shapes a step of all parameters.
       log_length: (B,) of the steps.
+      keys: (B,) of each window's own random numbers.
     """
 
     theta: jax.Array
     fitted: jax.Array
     root: jax.Array
     log_length: jax.Array
+    keys: jax.Array
 
 
 class _Loop(NamedTuple):
@@ -163,7 +163,7 @@ class _Loop(NamedTuple):
 
     turn: jax.Array
     answer: Posterior
-    chains: _Chains
+    chains: Chains
 
 
 class _State(NamedTuple):
@@ -183,6 +183,11 @@ class _State(NamedTuple):
     covariance: jax.Array
 
 
+def _keys_of(key: jax.Array, data: jax.Array) -> jax.Array:
+    """Keys of the kind of `key` from their numbers."""
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
 def _stream(key: jax.Array, window: Observation) -> jax.Array:
     """The key of one window: folded with a hash of its recorded pixels."""
     recorded = jnp.where(window.valid, window.counts, 0).astype(jnp.float32).reshape(-1)
@@ -192,10 +197,17 @@ def _stream(key: jax.Array, window: Observation) -> jax.Array:
     return jax.random.fold_in(key, (mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32))
 
 
-def _start(
-    windows: Observation, start: Targets, known: Known, keys: jax.Array, num_chains: int
-) -> _Chains:
-    """Chains spread around the start as far as the fit is uncertain."""
+@lanes_last
+def begin(
+    windows: Observation,
+    start: Targets,
+    known: Known,
+    key: jax.Array,
+    *,
+    num_chains: int = NUM_CHAINS,
+) -> Chains:
+    """Chains spread around the start as far as the fit is uncertain. Arguments as of `sample`."""
+    keys = jax.vmap(partial(_stream, key))(windows)
     seen, targets = to_lanes((windows, start))
     model = scene_model(seen, targets.mask, known, softness=HARD, uniform=True)
     fitted = model.pack(targets)
@@ -206,7 +218,7 @@ def _start(
     fitted, root, length = from_lanes((fitted, root, length))
     off = jnp.einsum("bpq,bcq->bcp", root, jax.vmap(draw)(keys), precision="highest")
     theta = fitted[:, None] + length[:, None, None] * off
-    return _Chains(theta, fitted, root, jnp.log(length))
+    return Chains(theta, fitted, root, jnp.log(length), jax.random.key_data(keys))
 
 
 def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
@@ -225,21 +237,41 @@ def _root_of_inverse(matrix: jax.Array, present: jax.Array) -> jax.Array:
     return spd.cholesky(inverse / (width[:, None] * width[None])) * (width * scale)[:, None]
 
 
-def _run(
-    given: tuple[Observation, Targets, jax.Array],
-    chains: _Chains,
-    *,
+@lanes_last
+def turn(
+    windows: Observation,
+    start: Targets,
+    chains: Chains,
     known: Known,
-    shared: jax.Array,
-    num_burn_in: int,
-    num_samples: int,
-    thinning: int,
-    times: int | jax.Array,
-    width_slope: bool,
-    turn: int | jax.Array,
-) -> tuple[Posterior, _Chains]:
-    """Rounds of steps of all chains, and what the kept samples tell."""
-    windows, start, keys = given
+    key: jax.Array,
+    number: int | jax.Array,
+    *,
+    num_burn_in: int = NUM_BURN_IN,
+    num_samples: int = NUM_SAMPLES,
+    thinning: int = THINNING,
+    width_slope: bool = False,
+) -> tuple[Posterior, Chains]:
+    """Rounds of steps of all chains, and what the kept samples tell.
+
+    Windows whose chains disagree go on with the chains of this turn, for `NUM_TURNS` turns.
+
+    Args:
+      windows: `Observation` of (B, N, M).
+      start: `Targets` (B, K, ...).
+      chains: of the turn before, at first of `begin`.
+      known: PSF, gain and scene prior.
+      key: as of `begin`.
+      number: of the turn; later ones are longer.
+      num_burn_in: as of `sample`.
+      num_samples: as of `sample`.
+      thinning: as of `sample`.
+      width_slope: as of `sample`.
+
+    Returns:
+      `Posterior`, and the chains to go on with.
+    """
+    shared, keys = jax.random.fold_in(key, 1), _keys_of(key, chains.keys)
+    times = jnp.asarray(_TIMES, jnp.int32)[number]
     lanes = partial(jax.tree.map, lambda a: to_lanes(a)[..., None, :])
     mask = lanes(start.mask)
     model = scene_model(lanes(windows), mask, known, softness=HARD, uniform=True)
@@ -266,14 +298,14 @@ def _run(
         zero, one = jnp.zeros((), theta.dtype), jnp.ones((), theta.dtype)
         return jax.jvp(widened, (zero,), (one,))[1]
 
-    def one_round(state: _State, number: jax.Array) -> tuple[_State, tuple]:
+    def one_round(state: _State, round_: jax.Array) -> tuple[_State, tuple]:
         """Steps that keep the joint density, then accepted as one for the places' own."""
-        key = jax.random.fold_in(jax.random.fold_in(shared, turn), number)
-        own = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, turn), number))(keys)
+        key = jax.random.fold_in(jax.random.fold_in(shared, number), round_)
+        own = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, number), round_))(keys)
         draw = partial(jax.random.uniform, dtype=theta.dtype)
         numbers = (size + NUM_FURTHER + 2, num_chains)
         shift = jnp.moveaxis(jax.vmap(partial(draw, shape=numbers))(own), 0, -1)
-        learning = jnp.where(number < num_burn_in, jax.lax.rsqrt(1 + number.astype(theta.dtype)), 0)
+        learning = jnp.where(round_ < num_burn_in, jax.lax.rsqrt(1 + round_.astype(theta.dtype)), 0)
 
         def step(carry: tuple[_State, jax.Array], drawn: jax.Array) -> tuple[tuple, None]:
             state, taken = carry
@@ -308,18 +340,18 @@ def _run(
                 density=jnp.where(accepted, new.density, state.density),
                 log_places=jnp.where(accepted, log_places, state.log_places),
             )
-        new = learned(new, number)
+        new = learned(new, round_)
         return new, (new.theta, taken / (thinning * times), slope(new.theta))
 
-    def learned(state: _State, number: jax.Array) -> _State:
+    def learned(state: _State, round_: jax.Array) -> _State:
         """The covariance of the places so far shapes the steps."""
-        weight = _FIRST_WEIGHT + num_chains * (number + 1).astype(theta.dtype)
+        weight = _FIRST_WEIGHT + num_chains * (round_ + 1).astype(theta.dtype)
         off = state.theta - state.mean[:, None]
         mean = state.mean + off.sum(1) / weight
         square = (off[:, None] * (state.theta - mean[:, None])[None]).sum(2)
         covariance = state.covariance + (square - num_chains * state.covariance) / weight
         state = state._replace(mean=mean, covariance=covariance)
-        again = (number + 1) % _LEARN_EVERY == 0
+        again = (round_ + 1) % _LEARN_EVERY == 0
         root = partial(_roots, covariance, mask)
         return state._replace(root=jax.lax.cond(again, root, lambda: state.root))
 
@@ -341,9 +373,7 @@ def _run(
     return answer, _adapted(chains, flat, state.log_length, start.mask)
 
 
-def _adapted(
-    chains: _Chains, samples: jax.Array, log_length: jax.Array, mask: jax.Array
-) -> _Chains:
+def _adapted(chains: Chains, samples: jax.Array, log_length: jax.Array, mask: jax.Array) -> Chains:
     """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
     off = samples - samples.mean(0)
     covariance = jnp.einsum("spl,sql->pql", off, off, precision="highest") / len(samples)

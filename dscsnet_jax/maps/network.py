@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+from dscsnet_jax.batching import frames_per_block
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import pixel_std
 from dscsnet_jax.inference.prior import Known
@@ -26,7 +27,6 @@ from dscsnet_jax.unfolding.registry import Network, make_network
 
 _TILE_BATCH = 4
 _PEAK_SHARE, _PEAK_NOISE = 0.15, 6.0  # least energy of a peak: of the scale, in noise
-_LEAST_BATCH = 8
 _PRIOR_SHARE = 0.4  # least energy of a peak, of the prior's least intensity
 
 _operator = jax.jit(sensing_operator, static_argnames=("frame_size", "division"))
@@ -61,7 +61,7 @@ def read_maps(
     readout: str,
     threshold: float | None,
     max_targets: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[np.ndarray, Targets, np.ndarray]:
     """Maps of frames, the targets read out of them, and where slots were missing.
 
@@ -100,7 +100,8 @@ def read_maps(
         capacity=capacity,
         max_targets=max_targets,
     )
-    columns = (_batches(a, batch_size) for a in (y, noise, scale, unit))
+    size = frames_per_block(y.shape[1:]) if batch_size is None else batch_size
+    columns = (_batches(a, size) for a in (y, noise, scale, unit))
     parts = []
     for frames, level, peak, energy in zip(*columns, strict=True):
         if max(y.shape[1:]) > TILE:
@@ -159,12 +160,8 @@ def _large_map(
     return tiled_map(make_map, frame, division=division)
 
 
-def _batches(y: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches of one shape; the last is filled up with its last row, no frame is left out.
-
-    Few frames make a smaller batch, in powers of two: each size is a program of its own.
-    """
-    size = min(batch_size, max(_LEAST_BATCH, 1 << (len(y) - 1).bit_length()))
+def _batches(y: np.ndarray, size: int) -> list[np.ndarray]:
+    """Batches of one shape; the last is filled up with its last row, no frame is left out."""
     missing = -len(y) % size if len(y) else size
     filling = y[-1:] if len(y) else np.ones((1, *y.shape[1:]), y.dtype)
     padded = np.concatenate([y, np.repeat(filling, missing, 0)])

@@ -379,7 +379,7 @@ def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyP
 
     @partial(jax.jit, static_argnames="only_add")
     def stopped(given: tuple, known: Any, *, only_add: bool) -> Any:
-        found = fit(*given, known, num_iterations=0)
+        found = fit(*given[:2], known, num_iterations=0)
         table = jnp.zeros((len(found.theta), found.targets.mask.shape[1] + 1))
         return Selected(found, table)
 

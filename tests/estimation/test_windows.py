@@ -14,6 +14,7 @@ from dscsnet_jax.estimation.windows import (
     fit_shapes,
     frame_sources,
     join,
+    linked,
 )
 from dscsnet_jax.estimation.windows import cut as cut_by_width
 from dscsnet_jax.inference.observation import Observation
@@ -248,3 +249,11 @@ def test_a_group_alone_has_no_neighbours_to_the_bit() -> None:
     (w,), _ = cut(observation.replace(counts=noisy), truth, fit_shapes(SIGMA))
     np.testing.assert_array_equal(w.observation.counts, pixels_of(noisy, w))
     assert not w.observation.neighbours.any()
+
+
+def test_pairs_are_of_one_frame_and_near() -> None:
+    position = np.array([[0.0, 0.0], [2.0, 1.0], [0.0, 0.0], [5.0, 3.1], [-0.4, 2.0]])
+    frame = np.array([0, 0, 1, 0, 0])
+    pairs = {tuple(sorted(pair)) for pair in linked(position, frame, 2.0).tolist()}
+    assert pairs == {(0, 1), (0, 4)}
+    assert linked(np.zeros((0, 2)), np.zeros(0, int), 2.0).shape == (0, 2)
