@@ -44,7 +44,7 @@ class UnmixResult:
       saturated: (B, K) bool, a pixel within one pixel of the target is saturated.
       unresolved: (B, K) bool, target that its neighbour blends with, or that is probably
         several.
-      not_converged: (B, K) bool, the fit or its chains did not converge.
+      not_converged: (B, K) bool, the fit did not converge; of the posterior mean: its chains.
       unexplained: (B,) bool, the residual is larger than the noise.
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out.

@@ -46,8 +46,8 @@ class Solved(NamedTuple):
       std: (B, K, 3) standard deviations of row, col (pixels) and intensity (counts).
       interval: (B, K, 3, 4) quantiles of the posterior (`summary.LEVELS`), or those of
         a Gaussian.
-      converged: (B, K) bool, the fit of the target's window found its minimum, and the
-        chains agree.
+      converged: (B, K) bool, the fit of the target's window found its minimum; of the
+        posterior mean: its chains agree.
       effective_sample_size: (B, K) of the chains; inf without sampling.
       count_probability: (B, K+1) of each number of targets.
       truncated: (B,) bool, targets are missing for want of slots.
@@ -132,8 +132,7 @@ def solve(
         if from_start:
             targets = windows.join([(w, w.targets, ()) for w, _ in counted], num_frames, room)[0]
         posteriors, more = sampled(observation, targets, known, seed=seed)
-        fine = np.asarray(values[2].all(1, where=targets.mask)) if values else crowded
-        means = [(w, p.targets, _mean_values(p, fine[w.frame])) for w, p in posteriors]
+        means = [(w, p.targets, _mean_values(p)) for w, p in posteriors]
         targets, values, over = windows.join(means, num_frames, max_targets)
         crowded = crowded | more
     slots = targets.mask.shape
@@ -363,10 +362,10 @@ def _fit_values(fit: Fit) -> tuple[np.ndarray, ...]:
     return std, interval.astype(std.dtype), converged, np.full(slots, np.inf, std.dtype)
 
 
-def _mean_values(posterior: Posterior, fine: np.ndarray) -> tuple[Any, ...]:
-    """Values per target of a posterior, as `Solved` has them; `fine` (W,): the fit was."""
+def _mean_values(posterior: Posterior) -> tuple[Any, ...]:
+    """Values per target of a posterior, as `Solved` has them."""
     slots = posterior.targets.mask.shape
-    converged = np.broadcast_to((posterior.converged & fine)[:, None], slots)
+    converged = np.broadcast_to(np.asarray(posterior.converged)[:, None], slots)
     effective = np.broadcast_to(np.asarray(posterior.effective_sample_size)[:, None], slots)
     return posterior.std, posterior.interval, converged, effective
 
