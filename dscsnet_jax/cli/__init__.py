@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dscsnet_jax
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(arguments).parse_args(arguments)
     _keep_compilations()
     try:
-        code = args.run(args)
+        with _notes():
+            code = args.run(args)
         sys.stdout.flush()  # a full disk or a closed pipe is no success
         return code
     except KeyboardInterrupt:
@@ -61,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, args, _FAILED)
     finally:
         _settle_stdout()
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """What the library warns of is a note for whoever runs a verb."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", category=UserWarning, module=re.escape(__name__))
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        yield
 
 
 def _report(error: Exception, args: argparse.Namespace, code: int) -> int:

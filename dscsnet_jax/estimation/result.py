@@ -49,6 +49,7 @@ class UnmixResult:
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out.
       maps: (B, cN, cM) sub-pixel maps, counts; None unless asked for.
+      start: where the first targets came from: `network` or `detection`.
     """
 
     targets: Targets
@@ -70,6 +71,7 @@ class UnmixResult:
     truncated: np.ndarray
     invalid: np.ndarray
     maps: np.ndarray | None = None
+    start: str = "network"
 
     def status(self) -> np.ndarray:
         """(B, K) text: `ok`, or the flags that hold, joined by `|`; empty where no target."""
@@ -125,6 +127,7 @@ def solved_result(
     *,
     truncated: np.ndarray | bool = False,
     maps: np.ndarray | None = None,
+    start: str = "network",
 ) -> UnmixResult:
     """Flags and goodness of fit of a solution.
 
@@ -133,6 +136,7 @@ def solved_result(
       known: PSF, gain and scene prior.
       truncated: (B,) bool, targets were missing before.
       maps: (B, cN, cM) counts, or None.
+      start: where the first targets came from.
     """
     chi_square, expected_spread = _chi_square(solved.observation, solved.source, known)
     return UnmixResult(
@@ -146,6 +150,7 @@ def solved_result(
         unexplained=chi_square > 1 + _UNEXPLAINED * expected_spread,
         truncated=truncated | solved.truncated,
         maps=maps,
+        start=start,
         **_common(solved.observation, solved.targets, solved.source, known),
     )
 

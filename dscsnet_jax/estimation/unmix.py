@@ -7,6 +7,7 @@ frames -> noise and background -> windows -> network -> map -> read-out -> fit, 
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def unmix(
 
     Args:
       frames: (N, M), (B, N, M) or (B, N, M, 1) array of counts, any real dtype.
-      method: `dscsnet`: the network's read-out, refined off the grid, its count checked;
+      method: `dscsnet`: the network's read-out, refined off the grid, its count checked (where
+        the weights are trained for another PSF: peaks of the residual instead, with a warning);
         `greedy`: no network, one target at a time at the residual's peak, refined alike;
         `grid`: the network's map alone, read out.
       estimate: `mean`: posterior mean; `map`: the fit. Not for `grid`.
@@ -158,14 +160,14 @@ def unmix(
       batch_size: frames at once in the network; None: what suits the device. Another number
         changes the answers by rounding.
       seed: of the posterior's random numbers.
-      return_maps: make, or keep, the maps of whole frames; None is returned for `greedy`.
+      return_maps: make, or keep, the maps of whole frames; None is returned without a network.
 
     Returns:
       `UnmixResult`.
 
     Raises:
-      ValueError: for frames that are not images of real, finite counts; weights trained
-        for another PSF; an unknown method, estimate or read-out.
+      ValueError: for frames that are not images of real, finite counts; an unknown method,
+        estimate or read-out; for `grid`, weights trained for another PSF.
 
     Example:
       >>> from dscsnet_jax.physics.optics import render
@@ -201,15 +203,22 @@ def unmix(
         "max_targets": slots if method == "grid" else room,
         "batch_size": batch_size,
     }
-    if method != "greedy":
-        check_width(weights, width)
-    if method == "dscsnet":
+    by_network = method != "greedy"
+    if by_network:
+        try:
+            check_width(weights, width)
+        except ValueError as error:
+            if method == "grid":
+                raise
+            by_network = False
+            warnings.warn(f"{error}; this answer starts from detection", stacklevel=2)
+    if method == "dscsnet" and by_network:
         found, over = read_windows(*given, **how)
     if method == "grid":
         maps, found, over = read_maps(*given, readout=readout, **how)
         maps = maps if return_maps else None
         return grid_result(observation, found, known, truncated=over, maps=maps)
-    if method == "dscsnet" and return_maps:
+    if method == "dscsnet" and by_network and return_maps:
         maps = read_maps(*given, readout=readout, **how)[0]
     greedy = method == "greedy"
     if fit_psf:
@@ -224,7 +233,8 @@ def unmix(
         greedy=greedy,
         seed=seed,
     )
-    return solved_result(solved, known, truncated=over, maps=maps)
+    start = "network" if by_network else "detection"
+    return solved_result(solved, known, truncated=over, maps=maps, start=start)
 
 
 def _check_choices(method: str, estimate: str, readout: str, batch_size: int | None) -> None:

@@ -28,6 +28,7 @@ KNOWN = known_of(CSIST)
 BATCH = 8  # the network is compiled once: every set of frames is filled up to this many
 PAIR = [(5.0, 4.6, 200.0), (5.3, 5.6, 150.0)]
 
+jit_render_wide = jax.jit(partial(render, frame_size=11, sigma=0.7))
 in_map = partial(unmix, estimate="map", batch_size=BATCH)
 on_grid = partial(unmix, method="grid", batch_size=BATCH)
 jit_render = jax.jit(partial(render, frame_size=11, sigma=0.5))
@@ -351,12 +352,18 @@ def test_row13_a_target_too_bright_for_one_is_unresolved() -> None:
     assert alone.status()[0, 0] == "ok"
 
 
-def test_row21_another_psf_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"0\.5.*0\.6"):
-        unmix(np.zeros((11, 11)), sigma=0.6, weights="csist_c3")
-    with pytest.raises(ValueError, match=r"0\.45.*0\.55.*0\.6"):
-        unmix(np.zeros((11, 11)), sigma=0.6)
-    assert in_map(np.zeros((11, 11)), sigma=0.6, method="greedy").targets.count.tolist() == [0]
+def test_row21_another_psf() -> None:
+    """The method `grid` refuses it; `dscsnet` starts from detection, and says so."""
+    wide = jit_render_wide(from_lists([[(5.0, 4.7, 240.0), (5.2, 6.6, 200.0)]]))
+    frames = np.asarray(wide) + np.random.default_rng(0).normal(size=(1, 11, 11))
+    with pytest.raises(ValueError, match=r"0\.5.*0\.7"):
+        unmix(frames, sigma=0.7, weights="csist_c3", method="grid")
+    with pytest.warns(UserWarning, match=r"0\.45.*0\.55.*0\.7.*detection"):
+        answer = in_map(frames, sigma=0.7, noise=1.0, background=0.0)
+    assert answer.start == "detection"
+    assert answer.targets.count.tolist() == [2]
+    np.testing.assert_allclose(answer.targets.position[0, :2], [[5, 4.7], [5.2, 6.6]], atol=0.05)
+    assert in_map(np.zeros((11, 11)), sigma=0.7, method="greedy").start == "detection"
 
 
 def test_row33_ragged_batches_score_every_frame(csist: tuple[Targets, np.ndarray]) -> None:
