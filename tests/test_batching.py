@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from dscsnet_jax import batching
-from dscsnet_jax.batching import in_blocks, take_rows, windows_per_block
+from dscsnet_jax.batching import (
+    chains_per_block,
+    frames_per_block,
+    in_blocks,
+    put_rows,
+    take_rows,
+    windows_per_block,
+)
 
 
 @pytest.fixture(params=[1, 3], autouse=True)
@@ -96,3 +103,23 @@ def test_rows_are_taken_from_every_array() -> None:
     taken = take_rows(tree, np.array([3, 1, 1]))
     assert taken["a"].tolist() == [3, 1, 1]
     assert taken["b"].tolist() == [[6, 7], [2, 3], [2, 3]]
+
+
+def test_rows_are_put_back_where_they_were_taken() -> None:
+    tree = {"a": np.arange(4), "b": np.arange(8.0).reshape(4, 2)}
+    index = np.array([3, 1])
+    changed = put_rows(tree, index, jax.tree.map(np.negative, take_rows(tree, index)))
+    assert changed["a"].tolist() == [0, -1, 2, -3]
+    assert changed["b"].tolist() == [[0, 1], [-2, -3], [4, 5], [-6, -7]]
+    assert tree["a"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("backend", "frames", "chains"), [("cpu", [16, 4, 1, 1], 32), ("gpu", [256, 256, 64, 4], 1024)]
+)
+def test_blocks_of_frames_hold_so_many_pixels(
+    monkeypatch: pytest.MonkeyPatch, backend: str, frames: list[int], chains: int
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert [frames_per_block((side, side)) for side in (11, 31, 256, 1024)] == frames
+    assert chains_per_block() == chains

@@ -48,8 +48,8 @@ class UnmixResult:
       unexplained: (B,) bool, the residual is larger than the noise.
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out.
+      start: (B,) text, where the first targets came from: `network` or `detection`.
       maps: (B, cN, cM) sub-pixel maps, counts; None unless asked for.
-      start: where the first targets came from: `network` or `detection`.
     """
 
     targets: Targets
@@ -70,8 +70,8 @@ class UnmixResult:
     unexplained: np.ndarray
     truncated: np.ndarray
     invalid: np.ndarray
+    start: np.ndarray
     maps: np.ndarray | None = None
-    start: str = "network"
 
     def status(self) -> np.ndarray:
         """(B, K) text: `ok`, or the flags that hold, joined by `|`; empty where no target."""
@@ -116,6 +116,7 @@ def grid_result(
         not_converged=np.zeros(slots, bool),
         unexplained=np.zeros(frames, bool),
         truncated=truncated,
+        start=np.full(frames, "network"),
         maps=maps,
         **_common(observation, targets, source, known),
     )
@@ -149,8 +150,8 @@ def solved_result(
         not_converged=np.asarray(solved.targets.mask) & ~solved.converged,
         unexplained=chi_square > 1 + _UNEXPLAINED * expected_spread,
         truncated=truncated | solved.truncated,
+        start=np.full(len(solved.truncated), start),
         maps=maps,
-        start=start,
         **_common(solved.observation, solved.targets, solved.source, known),
     )
 

@@ -19,6 +19,7 @@ from dscsnet_jax.batching import (
     chains_per_block,
     frames_per_block,
     in_blocks,
+    put_rows,
     take_rows,
     windows_per_block,
 )
@@ -256,20 +257,15 @@ def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = 
     run = partial(_turn, width_slope=width_slope)
     todo = np.arange(len(w.frame))
     chains = _run(_begin, w, *told, size=size)
-    answers: list[tuple[np.ndarray, Posterior]] = []
+    answer: Any = None
     for number in range(sampler.NUM_TURNS):
         new, chains = _run(run, take_rows(w, todo), *told, np.int32(number), size=size, more=chains)
-        answers.append((todo, new))
+        answer = new if answer is None else put_rows(answer, todo, new)
         on = np.flatnonzero(~new.converged)
         todo, chains = todo[on], take_rows(chains, on)
         if not len(todo):
             break
-    last = np.zeros(len(w.frame), int)
-    begins = np.cumsum([0, *(len(rows) for rows, _ in answers)])
-    for begin, (rows, _) in zip(begins, answers, strict=False):
-        last[rows] = begin + np.arange(len(rows))
-    whole = jax.tree.map(lambda *a: np.concatenate(a), *(new for _, new in answers))
-    return take_rows(whole, last)
+    return answer
 
 
 def _run(

@@ -5,10 +5,8 @@ A network that does not know the size of frames need not look at empty sky.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
-import jax
 import numpy as np
 
 from dscsnet_jax.estimation import windows
@@ -17,7 +15,7 @@ from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Weights
 from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.maps.network import network_of, read_maps
-from dscsnet_jax.physics.targets import Targets
+from dscsnet_jax.physics.targets import Targets, from_arrays
 from dscsnet_jax.unfolding.registry import is_frame_bound
 
 _FAINTEST_SNR = 4.0  # of a peak that is worth a look
@@ -62,15 +60,15 @@ def read_windows(
 
 def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
     """Without what belongs to a neighbouring window: nearer to its peaks than to the own."""
-    place = np.asarray(found.position)
 
-    def nearest(to: np.ndarray, there: np.ndarray) -> np.ndarray:
-        apart = ((place[:, :, None] - to[:, None]) ** 2).sum(-1)
-        return np.where(there[:, None], apart, np.inf).min(-1, initial=np.inf)
+    def flat(of: Targets) -> tuple[np.ndarray, np.ndarray]:
+        row, slot = np.nonzero(of.mask)
+        return np.asarray(of.position, float)[row, slot], row
 
-    of_frame, of_window = (jax.tree.map(np.asarray, t) for t in (peaks, w.targets))
-    closest = nearest(
-        of_frame.position[w.frame] - w.observation.origin[:, None], of_frame.mask[w.frame]
-    )
-    own = nearest(of_window.position, of_window.mask) <= closest + 1e-3
-    return dataclasses.replace(found, mask=found.mask & own)
+    (place, window), (own, of_window), (all_of, of_frame) = map(flat, (found, w.targets, peaks))
+    origin = w.observation.origin
+    to_own = windows.nearest_distance(place, window, own, of_window)
+    to_any = windows.nearest_distance(place + origin[window], w.frame[window], all_of, of_frame)
+    mask = np.array(found.mask)
+    mask[mask] = to_own**2 <= to_any**2 + 1e-3
+    return from_arrays(found.position, found.intensity, mask)

@@ -203,23 +203,15 @@ def unmix(
         "max_targets": slots if method == "grid" else room,
         "batch_size": batch_size,
     }
-    by_network = method != "greedy"
-    if by_network:
-        try:
-            check_width(weights, width)
-        except ValueError as error:
-            if method == "grid":
-                raise
-            by_network = False
-            warnings.warn(f"{error}; this answer starts from detection", stacklevel=2)
-    if method == "dscsnet" and by_network:
-        found, over = read_windows(*given, **how)
     if method == "grid":
+        check_width(weights, width)
         maps, found, over = read_maps(*given, readout=readout, **how)
         maps = maps if return_maps else None
         return grid_result(observation, found, known, truncated=over, maps=maps)
-    if method == "dscsnet" and by_network and return_maps:
-        maps = read_maps(*given, readout=readout, **how)[0]
+    by_network = method == "dscsnet" and _trained_for(weights, width)
+    if by_network:
+        found, over = read_windows(*given, **how)
+        maps = read_maps(*given, readout=readout, **how)[0] if return_maps else None
     greedy = method == "greedy"
     if fit_psf:
         known, found = fit_width(observation, found, known, greedy=greedy, seed=seed)
@@ -235,6 +227,16 @@ def unmix(
     )
     start = "network" if by_network else "detection"
     return solved_result(solved, known, truncated=over, maps=maps, start=start)
+
+
+def _trained_for(weights: Weights, width: np.ndarray) -> bool:
+    """Whether the weights know a PSF; the caller of `unmix` is warned if not."""
+    try:
+        check_width(weights, width)
+    except ValueError as error:
+        warnings.warn(f"{error}; this answer starts from detection", stacklevel=3)
+        return False
+    return True
 
 
 def _check_choices(method: str, estimate: str, readout: str, batch_size: int | None) -> None:

@@ -212,9 +212,23 @@ def reach_of_groups(sigma: float) -> float:
 
 def linked(position: np.ndarray, frame: np.ndarray, reach: float) -> np.ndarray:
     """(P, 2) pairs of targets (T, 2) of the same frame (T,) no further apart in row and col."""
-    apart = 2 * (np.abs(position).max(initial=0) + reach) + 1  # more than frames reach
+    apart = _frames_apart(position, reach)
     tree = cKDTree(np.column_stack([frame * apart, position]))
     return tree.query_pairs(reach, p=np.inf, output_type="ndarray")
+
+
+def nearest_distance(
+    place: np.ndarray, frame: np.ndarray, to: np.ndarray, to_frame: np.ndarray
+) -> np.ndarray:
+    """(T,) pixels from each place (T, 2) to the nearest of some (S, 2) in its own frame."""
+    apart = _frames_apart(np.concatenate([place, to]), 0)
+    tree = cKDTree(np.column_stack([to_frame * apart, to]))
+    return tree.query(np.column_stack([frame * apart, place]))[0]
+
+
+def _frames_apart(position: np.ndarray, reach: float) -> float:
+    """What keeps frames apart along an axis of their own: more than places of one, and a reach."""
+    return 4 * (np.abs(position).max(initial=0) + reach) + 1
 
 
 def _groups(

@@ -148,14 +148,12 @@ class Chains(NamedTuple):
       fitted: (B, 3K+1) the fit, by which targets are numbered.
       root: (B, 3K+1, 3K+1) root of the covariance that shapes a step of all parameters.
       log_length: (B,) of the steps.
-      keys: (B,) of each window's own random numbers.
     """
 
     theta: jax.Array
     fitted: jax.Array
     root: jax.Array
     log_length: jax.Array
-    keys: jax.Array
 
 
 class _Loop(NamedTuple):
@@ -183,13 +181,12 @@ class _State(NamedTuple):
     covariance: jax.Array
 
 
-def _keys_of(key: jax.Array, data: jax.Array) -> jax.Array:
-    """Keys of the kind of `key` from their numbers."""
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+def _streams(key: jax.Array, windows: Observation) -> jax.Array:
+    """The key of each window (B,): folded with a hash of its recorded pixels."""
+    return jax.vmap(partial(_stream, key))(windows)
 
 
 def _stream(key: jax.Array, window: Observation) -> jax.Array:
-    """The key of one window: folded with a hash of its recorded pixels."""
     recorded = jnp.where(window.valid, window.counts, 0).astype(jnp.float32).reshape(-1)
     bits = jax.lax.bitcast_convert_type(recorded, jnp.uint32)
     odd = jnp.arange(bits.shape[0], dtype=jnp.uint32) * jnp.uint32(2654435762) + jnp.uint32(1)
@@ -207,7 +204,7 @@ def begin(
     num_chains: int = NUM_CHAINS,
 ) -> Chains:
     """Chains spread around the start as far as the fit is uncertain. Arguments as of `sample`."""
-    keys = jax.vmap(partial(_stream, key))(windows)
+    keys = _streams(key, windows)
     seen, targets = to_lanes((windows, start))
     model = scene_model(seen, targets.mask, known, softness=HARD, uniform=True)
     fitted = model.pack(targets)
@@ -218,7 +215,7 @@ def begin(
     fitted, root, length = from_lanes((fitted, root, length))
     off = jnp.einsum("bpq,bcq->bcp", root, jax.vmap(draw)(keys), precision="highest")
     theta = fitted[:, None] + length[:, None, None] * off
-    return Chains(theta, fitted, root, jnp.log(length), jax.random.key_data(keys))
+    return Chains(theta, fitted, root, jnp.log(length))
 
 
 def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
@@ -270,7 +267,7 @@ def turn(
     Returns:
       `Posterior`, and the chains to go on with.
     """
-    shared, keys = jax.random.fold_in(key, 1), _keys_of(key, chains.keys)
+    shared, keys = jax.random.fold_in(key, 1), _streams(key, windows)
     times = jnp.asarray(_TIMES, jnp.int32)[number]
     lanes = partial(jax.tree.map, lambda a: to_lanes(a)[..., None, :])
     mask = lanes(start.mask)
@@ -377,8 +374,8 @@ def _adapted(chains: Chains, samples: jax.Array, log_length: jax.Array, mask: ja
     """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
     off = samples - samples.mean(0)
     covariance = jnp.einsum("spl,sql->pql", off, off, precision="highest") / len(samples)
-    last = samples[-chains.theta.shape[1] :], _roots(covariance, mask.T[:, None])
-    theta, root = from_lanes(last)
+    root = _roots(covariance, mask.T[:, None])
+    theta, root = from_lanes((samples[-chains.theta.shape[1] :], root))
     return chains._replace(theta=theta, root=root, log_length=log_length)
 
 

@@ -15,6 +15,7 @@ from dscsnet_jax.estimation.windows import (
     frame_sources,
     join,
     linked,
+    nearest_distance,
 )
 from dscsnet_jax.estimation.windows import cut as cut_by_width
 from dscsnet_jax.inference.observation import Observation
@@ -257,3 +258,16 @@ def test_pairs_are_of_one_frame_and_near() -> None:
     pairs = {tuple(sorted(pair)) for pair in linked(position, frame, 2.0).tolist()}
     assert pairs == {(0, 1), (0, 4)}
     assert linked(np.zeros((0, 2)), np.zeros(0, int), 2.0).shape == (0, 2)
+
+
+def test_the_nearest_is_of_the_same_frame() -> None:
+    to, to_frame = np.array([[0.0, 0.0], [9.0, 9.0], [3.0, 4.0]]), np.array([0, 0, 2])
+    place, frame = np.array([[0.0, 1.0], [9.0, 5.0], [3.0, 4.5]]), np.array([0, 0, 2])
+    distance = nearest_distance(place, frame, to, to_frame)
+    np.testing.assert_allclose(distance, [1.0, 4.0, 0.5], rtol=1e-12)
+    assert nearest_distance(place[:0], frame[:0], to, to_frame).shape == (0,)
+    # The farthest of one frame is nearer than any of another.
+    far = nearest_distance(
+        np.array([[9.0, 9.0]]), np.array([1]), np.zeros((2, 2)), np.array([1, 2])
+    )
+    np.testing.assert_allclose(far, 9 * 2**0.5, rtol=1e-12)
