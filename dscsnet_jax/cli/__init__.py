@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dscsnet_jax
+from dscsnet_jax.cli import verbs
 
 VERBS = {
     "simulate": "make a set of frames with their truth",
@@ -47,11 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # On some CPUs XLA logs an error for each cached program (jax-ml/jax #38445) and
         # compiles it anew; it reads this when JAX is imported, which a verb does.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    args = _parser(arguments).parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    run = importlib.import_module(f"{__name__}.{args.verb.replace('-', '_')}").run
     _keep_compilations()
     try:
         with _notes():
-            code = args.run(args)
+            code = run(args)
         sys.stdout.flush()  # a full disk or a closed pipe is no success
         return code
     except KeyboardInterrupt:
@@ -95,8 +97,8 @@ def _settle_stdout() -> None:
         os.close(nowhere)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """All verbs; only the one asked for is imported, so that `dscsnet --help` is quick."""
+def _parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments; what they do is imported when one is run."""
     parser = argparse.ArgumentParser(
         prog="dscsnet",
         description="Tell closely spaced infrared point targets apart.",
@@ -105,21 +107,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     version = f"dscsnet {dscsnet_jax.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in VERBS.items():
-        home = f"{__name__}.{name.replace('-', '_')}"
-        module = importlib.import_module(home) if name in arguments else None
-        verb = verbs.add_parser(
+        verb = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
-            epilog=getattr(module, "EXAMPLE", None),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if module is not None:
-            module.add_arguments(verb)
-            verb.set_defaults(run=module.run)
+        getattr(verbs, name.replace("-", "_"))(verb)
     return parser
 
 

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from dscsnet_jax.cli import options, progress, scoring
+from dscsnet_jax.cli import progress, scoring
 from dscsnet_jax.cli.simulate import simulated
 from dscsnet_jax.estimation.unmix import known_of, unmix
 from dscsnet_jax.evaluation.plot import plot_unmixing
 from dscsnet_jax.evaluation.report import format_table
 from dscsnet_jax.io.outputs import prepare_output, replacing
 from dscsnet_jax.physics.scene import get_preset
-
-EXAMPLE = options.examples(["dscsnet demo", "dscsnet demo --num 2000 --out picture.png --force"])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    options.add_preset(parser, options.known_presets())
-    parser.add_argument(
-        "--num", type=options.positive, default=200, help="number of frames (default 200)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo.png"), help="picture to write (default demo.png)"
-    )
-    options.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,40 +17,7 @@ from dscsnet_jax.io.csist import CsistSplit, read_csist
 from dscsnet_jax.io.outputs import prepare_output, replacing
 from dscsnet_jax.physics.scene import Preset
 
-EXAMPLE = options.examples(
-    [
-        "dscsnet simulate --num 1000 --out data/csist",
-        "dscsnet evaluate --data data/csist --json scores.json",
-        "dscsnet evaluate --data data/csist --limit --estimate map",
-    ]
-)
-
 _LEVEL = {"pedestal", "background"}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with cso_img/ and Annotations/"
-    )
-    options.add_method(parser)
-    options.add_sensor(parser)
-    options.add_prior(parser)
-    parser.add_argument(
-        "--blind",
-        action="store_true",
-        help="do not use what simulate recorded of scenes and sensor",
-    )
-    parser.add_argument(
-        "--limit",
-        action="store_true",
-        help="score the posterior from the true scene beside it (sets made by simulate)",
-    )
-    parser.add_argument("--json", type=Path, help="write the scores to this file")
-    parser.add_argument(
-        "--one-based", action="store_true", help="the annotations count pixels from 1"
-    )
-    options.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,50 +8,13 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from dscsnet_jax.cli import options
 from dscsnet_jax.io.outputs import prepare_output
 from dscsnet_jax.io.torch_checkpoint import read_initial_matrix, read_state
 from dscsnet_jax.io.weights import Metadata, geometry_of, save_weights
 from dscsnet_jax.physics.optics import sensing_operator
-from dscsnet_jax.unfolding.baselines.published import import_state, matrix, methods
+from dscsnet_jax.unfolding.baselines.published import import_state, matrix
 from dscsnet_jax.unfolding.network import num_parameters
 from dscsnet_jax.unfolding.registry import make_network
-
-EXAMPLE = options.examples(
-    [
-        "dscsnet import-weights dista.pth --method dista_net --initial-matrix Q_3.mat "
-        "--out dista.safetensors",
-    ]
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("checkpoint", type=Path, metavar="FILE.pth", help="a file of torch.save")
-    parser.add_argument("--method", required=True, choices=methods(), help="whose weights they are")
-    parser.add_argument("--out", type=Path, required=True, help="a .safetensors file")
-    parser.add_argument(
-        "--sigma", type=options.length, default=0.5, help="PSF width, pixels (default 0.5)"
-    )
-    parser.add_argument(
-        "--division", type=options.positive, default=3, help="cells per pixel side (default 3)"
-    )
-    parser.add_argument(
-        "--frame-size", type=options.positive, default=11, help="pixels per side (default 11)"
-    )
-    parser.add_argument(
-        "--initial-matrix",
-        type=Path,
-        metavar="Q.mat",
-        help="the published initial matrix, which checkpoints lack: a MATLAB file with Qinit, "
-        "or .npy; without it the start is another than the weights were trained for",
-    )
-    parser.add_argument(
-        "--branch-weight",
-        type=options.counts,
-        help="dista_net: weight of the static branch, which checkpoints lack (default 0.7)",
-    )
-    options.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,10 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dscsnet_jax.estimation.solve import ESTIMATES
-from dscsnet_jax.estimation.unmix import METHODS, READOUTS
-from dscsnet_jax.inference.prior import preset_prior, scene_prior
-from dscsnet_jax.physics.scene import Preset, presets
+from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
+from dscsnet_jax.physics.preset import Preset, presets
 
 _CHANGES = ("division", "frame_size", "sigma", "read_noise", "offset")
 
@@ -132,6 +130,8 @@ def sensor_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def prior_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `estimation.unmix.unmix`: the prior, if anything is given of it."""
+    from dscsnet_jax.inference.prior import preset_prior, scene_prior
+
     names = ("intensity", "separation", "cluster_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.prior is None:
@@ -216,6 +216,6 @@ def _at_least(least: float, value: float) -> float:
     return value
 
 
-def examples(lines: Iterable[str]) -> str:
+def examples(*lines: str) -> str:
     """The examples at the end of a verb's help."""
     return "\n".join(["examples:", *(f"  {line}" for line in lines)])

@@ -16,28 +16,10 @@ import dscsnet_jax
 from dscsnet_jax.cli import options, progress
 from dscsnet_jax.io.csist import write_csist
 from dscsnet_jax.io.outputs import prepare_output, replacing
-from dscsnet_jax.physics.scene import SPLITS, Preset, Scene, frame_keys, get_preset, simulate
+from dscsnet_jax.physics.scene import Preset, Scene, frame_keys, get_preset, simulate
 
-EXAMPLE = options.examples(
-    [
-        "dscsnet simulate --preset csist --num 1000 --seed 0 --out data/csist",
-        "dscsnet simulate --preset csist_float --read-noise 2 --num 500 --out data/noisy",
-    ]
-)
 RECORD = "simulation.json"
 _BATCH = 2000
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    options.add_preset(parser)
-    options.add_changes(parser)
-    parser.add_argument(
-        "--num", type=options.positive, default=1000, help="number of frames (default 1000)"
-    )
-    parser.add_argument("--split", default="test", choices=sorted(SPLITS), help="default: test")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    options.add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:

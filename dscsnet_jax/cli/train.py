@@ -4,32 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from dscsnet_jax.cli import STOPPED, options
-
-EXAMPLE = options.examples(
-    [
-        "dscsnet train --config experiments/configs/csist_c3.py --workdir runs/csist_c3",
-        "dscsnet train --config experiments/configs/csist_c3.py --workdir runs/c5 \\",
-        "    --set scene.division=5 --set train.num_steps=2000",
-    ]
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("--config", type=Path, required=True, help="Python file with get_config()")
-    parser.add_argument(
-        "--workdir", type=Path, required=True, help="the run's folder; an unfinished run goes on"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=V",
-        help="change one field of the config; may be given several times",
-    )
+from dscsnet_jax.cli import STOPPED
 
 
 def run(args: argparse.Namespace) -> int:

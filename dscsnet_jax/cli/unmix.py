@@ -21,41 +21,6 @@ from dscsnet_jax.io.catalog import (
 )
 from dscsnet_jax.io.frames import FrameStack, read_many
 
-EXAMPLE = options.examples(
-    [
-        "dscsnet unmix frames/ --out targets.csv",
-        "dscsnet unmix frames/ --prior csist --noise 0 --out targets.csv",
-        "dscsnet unmix stack.npy a.png b.tif --mask-invalid",
-    ]
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="PNG, TIFF, NPY or NPZ files, or folders of them",
-    )
-    options.add_method(parser)
-    parser.add_argument(
-        "--out", type=Path, help=".csv, .ecsv or .parquet; default: CSV on standard output"
-    )
-    options.add_sensor(parser)
-    options.add_prior(parser)
-    parser.add_argument(
-        "--threshold", type=options.counts, help="least energy of a target read out, counts"
-    )
-    parser.add_argument("--max-targets", type=options.positive, help="most targets of a frame")
-    parser.add_argument(
-        "--mask-invalid",
-        action="store_true",
-        help="leave NaN and Inf pixels out, flag the frame",
-    )
-    options.add_force(parser)
-
 
 def run(args: argparse.Namespace) -> int:
     """Read, unmix, write the catalog and print a summary."""

@@ -23,7 +23,7 @@ from dscsnet_jax.batching import (
     take_rows,
     windows_per_block,
 )
-from dscsnet_jax.estimation import windows
+from dscsnet_jax.estimation import ESTIMATES, windows
 from dscsnet_jax.estimation.windows import Windows
 from dscsnet_jax.inference import observation as observing
 from dscsnet_jax.inference import program, sampler
@@ -35,7 +35,6 @@ from dscsnet_jax.inference.sampler import Posterior
 from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.physics.targets import Targets, from_arrays
 
-ESTIMATES = ("mean", "map")
 _SEARCHES = 3  # for targets that the start had missed, and for room
 
 

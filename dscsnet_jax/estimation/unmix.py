@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from dscsnet_jax.batching import frames_per_block, in_blocks
+from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
 from dscsnet_jax.estimation.psf_width import fit_width
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
-from dscsnet_jax.estimation.solve import ESTIMATES, solve
+from dscsnet_jax.estimation.solve import solve
 from dscsnet_jax.estimation.start import read_windows
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
@@ -27,8 +28,6 @@ from dscsnet_jax.maps.network import check_width, read_maps
 from dscsnet_jax.physics.scene import Preset, presets
 from dscsnet_jax.physics.targets import Targets, no_targets
 
-METHODS = ("dscsnet", "grid", "greedy")
-READOUTS = ("peaks", "cells")
 DEFAULT_WEIGHTS = "varied_c3"
 _ROOM = 16
 

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dscsnet_jax.physics.preset import Sensor
+from dscsnet_jax.physics.preset import digital as digital
+
 _QUANTISATION_VARIANCE = 1 / 12
 
-
-@flax.struct.dataclass
-class Sensor:
-    """What the detector does to the expected counts, in the order of the fields.
-
-    Attributes:
-      electrons_per_count: gain of the Poisson (shot) noise; None: no shot noise.
-      offset: mean of the background added to every pixel, counts.
-      read_noise: standard deviation of additive Gaussian noise, counts.
-      saturation: largest value a pixel can hold (full well), counts; inf: none.
-      quantised: round to whole counts.
-    """
-
-    electrons_per_count: float | jax.Array | None = None
-    offset: float | jax.Array = 0.0
-    read_noise: float | jax.Array = 0.0
-    saturation: float | jax.Array = float("inf")
-    quantised: bool = flax.struct.field(pytree_node=False, default=False)
-
-
-def digital(bits: int, **fields: object) -> Sensor:
-    """A sensor that stores whole counts of `bits` bits, saturating at `2^bits - 1`.
-
-    Raises:
-      ValueError: if `bits` is not in 1..32.
-
-    Example:
-      >>> digital(8).saturation
-      255.0
-    """
-    if not 1 <= bits <= 32:
-        raise ValueError(f"bits must lie in 1..32, got {bits}")
-    return Sensor(saturation=2.0**bits - 1, quantised=True, **fields)  # type: ignore[arg-type]
+jax.tree_util.register_dataclass(Sensor)
 
 
 def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:

@@ -381,14 +381,24 @@ def test_help_of_each_verb_has_an_example(verb: str, capsys: Captured) -> None:
     assert f"dscsnet {verb}" in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_the_front_page_is_quick_and_names_all_verbs() -> None:
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_and_wrong_usage_import_nothing_heavy(verb: str) -> None:
     code = (
         "import sys; from dscsnet_jax.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+        "try: main(sys.argv[1].split())\n"
+        "except SystemExit as end: print(end.code, sys.modules.keys() & {'jax', 'numpy', 'rich'})"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert all(f"  {verb} " in shown.stdout for verb in VERBS)
+    for argument, said in (("--help", "0 set()"), ("--wrong", "2 set()")):
+        argv = [sys.executable, "-c", code, f"{verb} {argument}"]
+        shown = subprocess.run(argv, capture_output=True, text=True, check=True)
+        assert shown.stdout.splitlines()[-1] == said
+
+
+def test_the_front_page_names_all_verbs(capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"  {verb} " in shown for verb in VERBS)
 
 
 def test_module_runs_as_a_program() -> None:

@@ -13,6 +13,7 @@ import pytest
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
 from dscsnet_jax.physics.targets import from_lists
 from dscsnet_jax.unfolding.baselines import (
+    PUBLISHED,
     conv,
     convolution,
     dista_net,
@@ -22,10 +23,9 @@ from dscsnet_jax.unfolding.baselines import (
     published,
 )
 from dscsnet_jax.unfolding.network import num_parameters
-from dscsnet_jax.unfolding.registry import make_network
+from dscsnet_jax.unfolding.registry import make_network, network_names
 
-METHODS = ("ista_net", "ista_net_plus", "fista_net", "dista_net")
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", PUBLISHED)
 SIDE, SCALE = 4, 250.0
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 State = dict[str, np.ndarray]
@@ -388,7 +388,7 @@ def test_a_checkpoint_becomes_the_network_it_was_made_from(name: str, prefix: st
 
 
 @every_method
-@pytest.mark.parametrize("other", METHODS)
+@pytest.mark.parametrize("other", PUBLISHED)
 def test_a_checkpoint_of_another_method_is_refused_with_both_names(name: str, other: str) -> None:
     if name != other:
         with pytest.raises(ValueError, match=f"the checkpoint is of {other}, not of {name}$"):
@@ -396,6 +396,8 @@ def test_a_checkpoint_of_another_method_is_refused_with_both_names(name: str, ot
 
 
 def test_methods_without_published_checkpoints_are_refused() -> None:
+    have = (name for name in network_names() if hasattr(type(make_network(name)), "layout"))
+    assert tuple(have) == PUBLISHED
     with pytest.raises(ValueError, match="dscsnet has no PyTorch checkpoints; dista_net, "):
         published.import_state("dscsnet", {}, operator())
 

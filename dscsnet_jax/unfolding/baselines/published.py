@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from dscsnet_jax.physics.optics import SensingOperator
-from dscsnet_jax.unfolding.registry import Network, make_network, network_names
+from dscsnet_jax.unfolding.baselines import PUBLISHED
+from dscsnet_jax.unfolding.registry import Network, make_network
 
 _WRAPPERS = ("module.", "model.", "generator.", "_orig_mod.")
 _BLOCK = re.compile(r"(fcs\.(\d+)|bb)\.(.+)")
@@ -57,16 +58,6 @@ class Layout:
         return {f"{home}.{n}" for home in homes for n in self.inner()} | {*self.outside.values()}
 
 
-def methods() -> tuple[str, ...]:
-    """Methods with published PyTorch checkpoints.
-
-    Example:
-      >>> methods()
-      ('dista_net', 'fista_net', 'ista_net', 'ista_net_plus')
-    """
-    return tuple(layout.method for layout in _layouts())
-
-
 def import_state(
     method: str,
     state: State,
@@ -80,8 +71,8 @@ def import_state(
     Raises:
       ValueError: if the method has no published checkpoints, or the checkpoint does not fit.
     """
-    if method not in methods():
-        raise ValueError(f"{method} has no PyTorch checkpoints; {', '.join(methods())} have")
+    if method not in PUBLISHED:
+        raise ValueError(f"{method} has no PyTorch checkpoints; {', '.join(PUBLISHED)} have")
     cls: Any = type(make_network(method))
     return cls.from_torch(state, operator, initial=initial, **fields)
 
@@ -182,17 +173,11 @@ def matrix(initial: np.ndarray, operator: SensingOperator) -> np.ndarray:
     return np.ascontiguousarray(np.float32(initial).T).reshape(*frame, *cells)
 
 
-def _layouts() -> Iterator[Layout]:
-    for name in network_names():
-        layout = getattr(type(make_network(name)), "layout", None)
-        if layout is not None:
-            yield layout
-
-
 def _refuse_other_method(layout: Layout, state: State) -> None:
-    for other in _layouts():
-        if state and state.keys() == other.names(_iterations(state)):
-            raise ValueError(f"the checkpoint is of {other.method}, not of {layout.method}")
+    for name in PUBLISHED:
+        cls: Any = type(make_network(name))
+        if state and state.keys() == cls.layout.names(_iterations(state)):
+            raise ValueError(f"the checkpoint is of {name}, not of {layout.method}")
 
 
 def _iterations(state: State) -> int:

@@ -1,0 +1,154 @@
+"""Arguments of each verb; nothing here imports JAX, so that `dscsnet VERB --help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dscsnet_jax.cli import options
+from dscsnet_jax.physics.preset import SPLITS
+from dscsnet_jax.unfolding.baselines import PUBLISHED
+
+
+def simulate(parser: argparse.ArgumentParser) -> None:
+    """Which frames, how many, and where to."""
+    parser.epilog = options.examples(
+        "dscsnet simulate --preset csist --num 1000 --seed 0 --out data/csist",
+        "dscsnet simulate --preset csist_float --read-noise 2 --num 500 --out data/noisy",
+    )
+    options.add_preset(parser)
+    options.add_changes(parser)
+    parser.add_argument(
+        "--num", type=options.positive, default=1000, help="number of frames (default 1000)"
+    )
+    parser.add_argument("--split", default="test", choices=sorted(SPLITS), help="default: test")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    options.add_force(parser)
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """What to train, and where."""
+    parser.epilog = options.examples(
+        "dscsnet train --config experiments/configs/csist_c3.py --workdir runs/csist_c3",
+        "dscsnet train --config experiments/configs/csist_c3.py --workdir runs/c5 \\",
+        "    --set scene.division=5 --set train.num_steps=2000",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="Python file with get_config()")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="the run's folder; an unfinished run goes on"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="change one field of the config; may be given several times",
+    )
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Which set, how to unmix it, and what to score beside it."""
+    parser.epilog = options.examples(
+        "dscsnet simulate --num 1000 --out data/csist",
+        "dscsnet evaluate --data data/csist --json scores.json",
+        "dscsnet evaluate --data data/csist --limit --estimate map",
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with cso_img/ and Annotations/"
+    )
+    options.add_method(parser)
+    options.add_sensor(parser)
+    options.add_prior(parser)
+    parser.add_argument(
+        "--blind",
+        action="store_true",
+        help="do not use what simulate recorded of scenes and sensor",
+    )
+    parser.add_argument(
+        "--limit",
+        action="store_true",
+        help="score the posterior from the true scene beside it (sets made by simulate)",
+    )
+    parser.add_argument("--json", type=Path, help="write the scores to this file")
+    parser.add_argument(
+        "--one-based", action="store_true", help="the annotations count pixels from 1"
+    )
+    options.add_force(parser)
+
+
+def unmix(parser: argparse.ArgumentParser) -> None:
+    """Which frames, how to unmix them, and what is known of them."""
+    parser.epilog = options.examples(
+        "dscsnet unmix frames/ --out targets.csv",
+        "dscsnet unmix frames/ --prior csist --noise 0 --out targets.csv",
+        "dscsnet unmix stack.npy a.png b.tif --mask-invalid",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="PNG, TIFF, NPY or NPZ files, or folders of them",
+    )
+    options.add_method(parser)
+    parser.add_argument(
+        "--out", type=Path, help=".csv, .ecsv or .parquet; default: CSV on standard output"
+    )
+    options.add_sensor(parser)
+    options.add_prior(parser)
+    parser.add_argument(
+        "--threshold", type=options.counts, help="least energy of a target read out, counts"
+    )
+    parser.add_argument("--max-targets", type=options.positive, help="most targets of a frame")
+    parser.add_argument(
+        "--mask-invalid", action="store_true", help="leave NaN and Inf pixels out, flag the frame"
+    )
+    options.add_force(parser)
+
+
+def import_weights(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, and what it was trained for."""
+    parser.epilog = options.examples(
+        "dscsnet import-weights dista.pth --method dista_net --initial-matrix Q_3.mat "
+        "--out dista.safetensors",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="FILE.pth", help="a file of torch.save")
+    parser.add_argument("--method", required=True, choices=PUBLISHED, help="whose weights they are")
+    parser.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument(
+        "--sigma", type=options.length, default=0.5, help="PSF width, pixels (default 0.5)"
+    )
+    parser.add_argument(
+        "--division", type=options.positive, default=3, help="cells per pixel side (default 3)"
+    )
+    parser.add_argument(
+        "--frame-size", type=options.positive, default=11, help="pixels per side (default 11)"
+    )
+    parser.add_argument(
+        "--initial-matrix",
+        type=Path,
+        metavar="Q.mat",
+        help="the published initial matrix, which checkpoints lack: a MATLAB file with Qinit, "
+        "or .npy; without it the start is another than the weights were trained for",
+    )
+    parser.add_argument(
+        "--branch-weight",
+        type=options.counts,
+        help="dista_net: weight of the static branch, which checkpoints lack (default 0.7)",
+    )
+    options.add_force(parser)
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    """Which frames, and the picture."""
+    parser.epilog = options.examples(
+        "dscsnet demo", "dscsnet demo --num 2000 --out picture.png --force"
+    )
+    options.add_preset(parser, options.known_presets())
+    parser.add_argument(
+        "--num", type=options.positive, default=200, help="number of frames (default 200)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo.png"), help="picture to write (default demo.png)"
+    )
+    options.add_force(parser)
