@@ -17,10 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# Of a block on CPU and on an accelerator: pixels, most frames, most windows.
-_PIXELS, _FRAMES, _WINDOWS = (1 << 12, 1 << 22), (16, 256), (512, 2048)
-_CHAINS = (32, 1024)  # windows whose chains run together
-_FEWEST, _STEP = 32, 4  # windows of the smallest block; factor to the next size
+# Of a block on CPU and on an accelerator: pixels and most frames; windows.
+_PIXELS, _FRAMES, _WINDOWS = (1 << 12, 1 << 22), (16, 256), (32, 1024)
 # JAX's settings that a `with` sets for one thread only.
 _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
@@ -49,26 +47,12 @@ def frames_per_block(shape: tuple[int, ...]) -> int:
     return int(np.clip(_here(_PIXELS) // pixels, 1, _here(_FRAMES)))
 
 
-def windows_per_block(number: int) -> int:
-    """Windows that go into a block: a share of each core, filled up to a few sizes.
+def windows_per_block() -> int:
+    """Windows that go into a block, whatever their number.
 
-    Each size is a program of its own, so there are few. Windows that take longer than others
-    are gathered within a block, so large ones are best, as long as every core has some.
-
-    Example:
-      >>> windows_per_block(3)
-      32
+    One size is one program, and the same arithmetic for a window whatever others there are.
     """
-    share = -(-number // _cores()) if jax.default_backend() == "cpu" else number
-    size = _FEWEST
-    while size < min(share, _here(_WINDOWS)):
-        size *= _STEP
-    return size
-
-
-def chains_per_block() -> int:
-    """Windows of a block whose chains run together, whatever their number."""
-    return _here(_CHAINS)
+    return _here(_WINDOWS)
 
 
 def _here(values: tuple[int, int]) -> int:

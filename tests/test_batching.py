@@ -9,7 +9,6 @@ import pytest
 
 from dscsnet_jax import batching
 from dscsnet_jax.batching import (
-    chains_per_block,
     frames_per_block,
     in_blocks,
     put_rows,
@@ -88,16 +87,6 @@ def test_random_numbers_are_the_same_in_every_block(setting: tuple[str, object])
     assert np.unique(drawn).size == 2
 
 
-def test_blocks_of_windows_have_few_sizes_and_keep_all_cores_busy(cores: int) -> None:
-    """Each size is a program of its own."""
-    sizes = [windows_per_block(number) for number in range(1, 20_000)]
-    assert len(set(sizes)) <= 4
-    assert sizes == sorted(sizes)
-    for number, size in enumerate(sizes, 1):
-        # Blocks that are filled up to more than one core's share are of the least size.
-        assert size == sizes[0] or size < 4 * -(-number // cores)
-
-
 def test_rows_are_taken_from_every_array() -> None:
     tree = {"a": np.arange(4), "b": jnp.arange(8.0).reshape(4, 2)}
     taken = take_rows(tree, np.array([3, 1, 1]))
@@ -115,11 +104,11 @@ def test_rows_are_put_back_where_they_were_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "frames", "chains"), [("cpu", [16, 4, 1, 1], 32), ("gpu", [256, 256, 64, 4], 1024)]
+    ("backend", "frames", "windows"), [("cpu", [16, 4, 1, 1], 32), ("gpu", [256, 256, 64, 4], 1024)]
 )
 def test_blocks_of_frames_hold_so_many_pixels(
-    monkeypatch: pytest.MonkeyPatch, backend: str, frames: list[int], chains: int
+    monkeypatch: pytest.MonkeyPatch, backend: str, frames: list[int], windows: int
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert [frames_per_block((side, side)) for side in (11, 31, 256, 1024)] == frames
-    assert chains_per_block() == chains
+    assert windows_per_block() == windows

@@ -74,7 +74,7 @@ def fit_width(
     def cost(log_factor: float, start: Targets) -> float:
         trial = widened(log_factor)
         parts = (
-            in_blocks(_evidence, (f, w.observation), trial, size=windows_per_block(len(w.frame)))
+            in_blocks(_evidence, (f, w.observation), trial, size=windows_per_block())
             for w, f in fits(trial, start)
         )
         # A window whose count the prior excludes tells nothing of the width.

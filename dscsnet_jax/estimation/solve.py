@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from dscsnet_jax.batching import (
-    chains_per_block,
     frames_per_block,
     in_blocks,
     put_rows,
@@ -178,7 +177,8 @@ def fitted(
     shapes = windows.fit_shapes(float(np.max(known.sigma)) if widest is None else widest)
     how = {"sigma": known.sigma, "widest": widest, "num_free_slots": num_free_slots}
     cuts, crowded = windows.cut(observation, start, shapes, **how)
-    return [(w, _run(_fit, w, known)) for w in cuts], crowded
+    fit = partial(_select, only_add=False)  # the program that compares counts, too
+    return [(w, _run(fit, w, known, np.False_).fit) for w in cuts], crowded
 
 
 def selected(
@@ -206,7 +206,7 @@ def selected(
         some = take_rows(observation, todo)
         cuts, full = windows.cut(some, start, shapes, sigma=known.sigma, num_free_slots=1)
         crowded[todo] |= full
-        counted = [(w, _run(partial(_select, only_add=greedy), w, known)) for w in cuts]
+        counted = [(w, _run(partial(_select, only_add=greedy), w, known, np.True_)) for w in cuts]
         found = joined([(w, s.fit) for w, s in counted], len(todo), max_targets)
         more = _with_missed(some, found, known, max_targets)
         unfinished = more.mask.sum(1) > found.mask.sum(1)
@@ -252,13 +252,13 @@ def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = 
     Those whose chains disagree are gathered into new blocks, so that few slow ones do not cost
     all others their time.
     """
-    told, size = (known, np.uint32(seed)), chains_per_block()
+    told = known, np.uint32(seed)
     run = partial(_turn, width_slope=width_slope)
     todo = np.arange(len(w.frame))
-    chains = _run(_begin, w, *told, size=size)
+    chains = _run(_begin, w, *told)
     answer: Any = None
     for number in range(sampler.NUM_TURNS):
-        new, chains = _run(run, take_rows(w, todo), *told, np.int32(number), size=size, more=chains)
+        new, chains = _run(run, take_rows(w, todo), *told, np.int32(number), more=chains)
         answer = new if answer is None else put_rows(answer, todo, new)
         on = np.flatnonzero(~new.converged)
         todo, chains = todo[on], take_rows(chains, on)
@@ -267,15 +267,13 @@ def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = 
     return answer
 
 
-def _run(
-    function: Callable[..., Any], w: Windows, *shared: Any, size: int | None = None, more: Any = ()
-) -> Any:
+def _run(function: Callable[..., Any], w: Windows, *shared: Any, more: Any = ()) -> Any:
     """`function((windows, targets, more), *shared)`; blocks are filled up with empty windows.
 
     Those are quickly done: there is nothing to see, nor to doubt.
     """
     number = len(w.targets.mask)
-    size = windows_per_block(number) if size is None else size
+    size = windows_per_block()
     index = np.arange(-(-number // size) * size)
     there = index < number
     seen, targets, more = take_rows((w.observation, w.targets, more), np.where(there, index, 0))
@@ -288,14 +286,9 @@ def _run(
 _Given = tuple[Observation, Targets, Any]
 
 
-@jax.jit
-def _fit(given: _Given, known: Known) -> Fit:
-    return program.fit_windows(*given[:2], known)
-
-
 @partial(jax.jit, static_argnames="only_add")
-def _select(given: _Given, known: Known, *, only_add: bool) -> Selected:
-    return program.select(*given[:2], known, only_add=only_add)
+def _select(given: _Given, known: Known, compare: Any, *, only_add: bool) -> Selected:
+    return program.select(*given[:2], known, only_add=only_add, compare=compare)
 
 
 @jax.jit

@@ -26,6 +26,7 @@ from dscsnet_jax.physics.targets import Targets, from_arrays, no_targets
 _REACH = 4.0  # PSF sigmas around a target that its window holds
 _LINK = 4.0  # PSF sigmas and a pixel between targets that are fitted together
 _FAR = 7.0  # PSF sigmas at which a target's light ends, below the rounding of its peak
+_RENDERED = 16  # blocks of windows whose targets' light is made together
 _LINK_LEVELS = 6
 _LINK_STEP = 0.7
 
@@ -194,7 +195,7 @@ def frame_sources(targets: Targets, sigma: np.ndarray, like: np.ndarray) -> np.n
     if not len(frame):
         return source
     render = partial(_render, frame_size=(side, side))
-    light = in_blocks(render, one, sigma, size=windows_per_block(len(frame)))
+    light = in_blocks(render, one, sigma, size=_RENDERED * windows_per_block())
     at, inside = _pixels_at(pixel, side, like.shape[1:])
     np.add.at(source, (frame[:, None, None], *at), np.where(inside, light, 0))
     return source

@@ -86,16 +86,13 @@ def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array)
     return Answer(*selected, posterior)
 
 
-def fit_windows(windows: Observation, start: Targets, known: Known) -> Fit:
-    """`fit` with more iterations for the windows that need them.
-
-    Arguments as of `select`, which begins so.
-    """
-    return _search(windows, start, known, only_add=False, phases=2).trial
-
-
 def select(
-    windows: Observation, start: Targets, known: Known, *, only_add: bool = False
+    windows: Observation,
+    start: Targets,
+    known: Known,
+    *,
+    only_add: bool = False,
+    compare: bool | jax.Array = True,
 ) -> Selected:
     """Fit, then remove or add targets where the evidence says so.
 
@@ -109,11 +106,13 @@ def select(
       known: PSF, gain and scene prior.
       only_add: add one target at a time at the residual's peak as long as the evidence
         grows, from any start, and try nothing else: what one would write by hand.
+      compare: with other counts; else the start's is kept. May be traced: one program does both.
 
     Returns:
       `Selected`.
     """
-    state = _search(windows, start, known, only_add=only_add, phases=_DONE)
+    phases = jnp.where(compare, _DONE, _HEAT_ONE)
+    state = _search(windows, start, known, phases, only_add=only_add)
     return Selected(state.best, state.table)
 
 
@@ -156,7 +155,7 @@ class _Search(NamedTuple):
 
 
 def _search(
-    windows: Observation, start: Targets, known: Known, *, only_add: bool, phases: int
+    windows: Observation, start: Targets, known: Known, phases: jax.Array, *, only_add: bool
 ) -> _Search:
     """Run the phases up to the given one."""
     start = jax.tree.map(jnp.asarray, start)
@@ -206,9 +205,7 @@ def _search(
 
     def turn(state: _Search) -> _Search:
         state = jax.lax.switch(jnp.minimum(state.phase, len(advance) - 1), advance, state)
-        if phases <= _HEAT_ONE:
-            return state
-        begins = state.phase == _HEAT_ONE
+        begins = (state.phase == _HEAT_ONE) & (phases > _HEAT_ONE)
         return jax.lax.cond(begins, partial(_compare, windows, known, only_add), _same, state)
 
     def loop(state: _Search) -> _Search:
