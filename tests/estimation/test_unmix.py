@@ -385,7 +385,7 @@ def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyP
     frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], noise=1.0)
 
     @partial(jax.jit, static_argnames="only_add")
-    def stopped(given: tuple, known: Any, *, only_add: bool) -> Any:
+    def stopped(given: tuple, known: Any, compare: Any, *, only_add: bool) -> Any:
         found = fit(*given[:2], known, num_iterations=0)
         table = jnp.zeros((len(found.theta), found.targets.mask.shape[1] + 1))
         return Selected(found, table)
