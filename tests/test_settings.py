@@ -25,7 +25,8 @@ from dscsnet_jax.io.csist import read_csist
 from dscsnet_jax.io.weights import load_weights
 from dscsnet_jax.physics import grid, limits, scene
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
-from dscsnet_jax.physics.sensor import Sensor, digital, expose, variance
+from dscsnet_jax.physics.preset import digital
+from dscsnet_jax.physics.sensor import Sensor, expose, variance
 from dscsnet_jax.physics.targets import Targets, from_arrays, from_lists, sort_by_intensity
 from dscsnet_jax.training import config as configs
 from dscsnet_jax.unfolding.admm import admm_lasso

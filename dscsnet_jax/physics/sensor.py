@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.physics.preset import Sensor
-from dscsnet_jax.physics.preset import digital as digital
 
 _QUANTISATION_VARIANCE = 1 / 12
 

@@ -20,8 +20,9 @@ from dscsnet_jax.physics.limits import (
     render_jacobian,
 )
 from dscsnet_jax.physics.optics import point_response, render
+from dscsnet_jax.physics.preset import digital
 from dscsnet_jax.physics.scene import get_preset
-from dscsnet_jax.physics.sensor import Sensor, digital, expose
+from dscsnet_jax.physics.sensor import Sensor, expose
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 OPTICS = {"frame_size": 11, "sigma": 0.5}

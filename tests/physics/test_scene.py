@@ -11,7 +11,8 @@ import pytest
 from scipy import special, stats
 
 from dscsnet_jax.physics import optics, scene
-from dscsnet_jax.physics.sensor import digital, expose
+from dscsnet_jax.physics.preset import digital
+from dscsnet_jax.physics.sensor import expose
 
 NUM = 20_000
 # Each program runs once or twice, so compiling fast matters more than running fast.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.physics.optics import render
-from dscsnet_jax.physics.sensor import Sensor, digital, expose, is_saturated, variance
+from dscsnet_jax.physics.preset import digital
+from dscsnet_jax.physics.sensor import Sensor, expose, is_saturated, variance
 from dscsnet_jax.physics.targets import from_lists
 
 KEY = jax.random.key(7)
