@@ -30,6 +30,7 @@ def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
       TypeError: if the expected counts are not floating point.
 
     Example:
+      >>> from dscsnet_jax.physics.preset import digital
       >>> expose(digital(8), jax.random.key(0), jnp.array([0.4, 1.6, 300.0])).tolist()
       [0.0, 2.0, 255.0]
     """
@@ -60,6 +61,7 @@ def variance(sensor: Sensor, expected: jax.Array) -> jax.Array:
       (..., N, M) counts squared.
 
     Example:
+      >>> from dscsnet_jax.physics.preset import digital
       >>> round(float(variance(digital(8, read_noise=2.0), jnp.array(9.0))), 3)
       4.083
     """
@@ -73,6 +75,7 @@ def is_saturated(sensor: Sensor, y: jax.Array) -> jax.Array:
     """(..., N, M) bool: recorded pixels at the sensor's full well.
 
     Example:
+      >>> from dscsnet_jax.physics.preset import digital
       >>> is_saturated(digital(8), jnp.array([254.0, 255.0])).tolist()
       [False, True]
     """
