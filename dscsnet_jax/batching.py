@@ -1,7 +1,7 @@
 """Batching: run a function over many frames in pieces of one fixed shape.
 
 One shape means one compiled program, whatever the number of frames, and the same
-arithmetic for a frame wherever it stands: answers do not depend on the batch.
+arithmetic for a frame wherever it stands: answers do not depend on the batch, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 # Of a block on CPU and on an accelerator: pixels and most frames; windows.
 _PIXELS, _FRAMES, _WINDOWS = (1 << 12, 1 << 22), (16, 256), (32, 1024)
+_told: ContextVar[int | None] = ContextVar("told", default=None)
 # JAX's settings that a `with` sets for one thread only.
 _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
     "jax_enable_x64": jax.enable_x64,
@@ -34,6 +36,22 @@ _SETTINGS: dict[str, Callable[[Any], contextlib.AbstractContextManager]] = {
 _compiled: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.WeakKeyDictionary()
 
 
+@contextlib.contextmanager
+def block_of(width: int | None) -> Iterator[None]:
+    """Blocks of at most so many frames, and of so many windows; None: what suits the device.
+
+    Raises:
+      ValueError: for less than one.
+    """
+    if width is not None and width < 1:
+        raise ValueError(f"block must be at least 1, got {width}")
+    before = _told.set(width)
+    try:
+        yield
+    finally:
+        _told.reset(before)
+
+
 def frames_per_block(shape: tuple[int, ...]) -> int:
     """Whole frames of a shape that go into a block, whatever their number.
 
@@ -44,15 +62,18 @@ def frames_per_block(shape: tuple[int, ...]) -> int:
       1
     """
     pixels = max(int(np.prod(shape)), 1)
-    return int(np.clip(_here(_PIXELS) // pixels, 1, _here(_FRAMES)))
+    return int(np.clip(_here(_PIXELS) // pixels, 1, _told.get() or _here(_FRAMES)))
 
 
 def windows_per_block() -> int:
     """Windows that go into a block, whatever their number.
 
-    One size is one program, and the same arithmetic for a window whatever others there are.
+    Example:
+      >>> with block_of(5):
+      ...     windows_per_block()
+      5
     """
-    return _here(_WINDOWS)
+    return _told.get() or _here(_WINDOWS)
 
 
 def _here(values: tuple[int, int]) -> int:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if told.keys() & _LEVEL:  # the preset's other one does not go with it
         known = {name: value for name, value in known.items() if name not in _LEVEL}
     arguments = known | told | options.prior_arguments(args) | options.method_arguments(args)
-    size = len(split.frames) if args.fit_psf else max(args.batch_size or 1, progress.RUN)
+    size = len(split.frames) if args.fit_psf else max(args.block or 1, progress.RUN)
     answers = [
         unmix(frames, return_maps=True, **arguments)
         for frames in progress.tracked(progress.runs_of(split.frames, max(size, 1)), "unmixing")

@@ -60,8 +60,9 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", help="a .safetensors file, or the name of packaged weights")
     parser.add_argument(
-        "--batch-size", type=positive, help="frames at once in the network; default: by the device"
+        "--block", type=positive, help="windows computed together; default: by the device"
     )
+    parser.add_argument("--batch-size", type=positive, dest="block", action=_Renamed)
 
 
 def add_prior(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +116,7 @@ def known_presets() -> dict[str, Preset]:
 
 def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `estimation.unmix.unmix`: how."""
-    names = ("method", "estimate", "readout", "weights", "batch_size")
+    names = ("method", "estimate", "readout", "weights", "block")
     return {name: getattr(args, name) for name in names}
 
 

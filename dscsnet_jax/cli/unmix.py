@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
     """Runs of frames to report progress by; all at once if they share a fit of the PSF."""
-    size = len(stack.frames) if args.fit_psf else max(args.batch_size or 1, progress.RUN)
+    size = len(stack.frames) if args.fit_psf else max(args.block or 1, progress.RUN)
     runs = progress.runs_of(stack.frames, max(size, 1))
     ends = np.cumsum([len(frames) for frames in runs]).tolist()
     return [
@@ -89,6 +89,7 @@ def _summary(answers: list[UnmixResult]) -> str:
         "targets at saturated pixels": sum(int(a.saturated.sum()) for a in answers),
         "targets unresolved": sum(int(a.unresolved.sum()) for a in answers),
         "targets not converged": sum(int(a.not_converged.sum()) for a in answers),
+        "targets in crowded groups": sum(int(a.crowded.sum()) for a in answers),
         "frames not explained by the noise": sum(int(a.unexplained.sum()) for a in answers),
         "frames truncated": sum(int(a.truncated.sum()) for a in answers),
         "frames with invalid pixels": sum(int(a.invalid.sum()) for a in answers),

@@ -10,12 +10,12 @@ from scipy import optimize
 
 from dscsnet_jax.batching import in_blocks, windows_per_block
 from dscsnet_jax.estimation import windows
-from dscsnet_jax.estimation.solve import fitted, joined, sampled_windows, selected
+from dscsnet_jax.estimation.solve import gathered, sampled_windows, selected
+from dscsnet_jax.estimation.windows import Flat
 from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.physics.targets import Targets
 
 _REACHES = (0.3, 0.1)  # of the factor's logarithm, in each pass
 _STEP = 0.02  # of the factor's logarithm, for the slope's own slope
@@ -23,12 +23,12 @@ _STEP = 0.02  # of the factor's logarithm, for the slope's own slope
 
 def fit_width(
     observation: Observation,
-    start: Targets,
+    start: Flat,
     known: Known,
     *,
     greedy: bool = False,
     seed: int = 0,
-) -> tuple[Known, Targets]:
+) -> tuple[Known, Flat]:
     """Fit one factor of the PSF's width, common to all frames, with the targets.
 
     For each trial width all targets are fitted anew; the width with the largest Laplace
@@ -39,7 +39,7 @@ def fit_width(
 
     Args:
       observation: B whole frames.
-      start: their targets, `Targets` (B, K, ...).
+      start: their targets.
       known: a first guess of the width, gain and scene prior.
       greedy: as in `solve`.
       seed: of the posterior chains.
@@ -51,16 +51,16 @@ def fit_width(
       ValueError: if there is no target to fit it to.
 
     Example:
+      >>> from dscsnet_jax.estimation.windows import flat
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(3.0, 3.2, 240.0)]])
       >>> seen = observe(render(truth, frame_size=7, sigma=0.5), noise=0.1, background=0.0)
-      >>> fit_width(seen, truth, Known(sigma=0.52))[0].sigma.round(2).tolist()
+      >>> fit_width(seen, flat(truth), Known(sigma=0.52))[0].sigma.round(2).tolist()
       [0.5, 0.5]
     """
-    observation, start = jax.tree.map(np.asarray, (observation, start))
-    num_frames, slots = start.mask.shape
+    observation, targets = jax.tree.map(np.asarray, observation), start
     guess = np.broadcast_to(np.asarray(known.sigma, observation.counts.dtype), 2)
     # Evidences compare over the same pixels only: windows of the largest width for all.
     widest = float(guess.max() * np.exp(sum(_REACHES)))
@@ -68,36 +68,35 @@ def fit_width(
     def widened(log_factor: float) -> Known:
         return dataclasses.replace(known, sigma=(guess * np.exp(log_factor)).astype(guess.dtype))
 
-    def fits(trial: Known, start: Targets) -> list[tuple[windows.Windows, Fit]]:
-        return fitted(observation, start, trial, num_free_slots=1, widest=widest)[0]
+    def fits(trial: Known) -> list[tuple[windows.Windows, Fit]]:
+        counted = selected(observation, targets, trial, compare=False, widest=widest, sweeps=1)
+        return [(w, s.fit) for w, s in counted]
 
-    def cost(log_factor: float, start: Targets) -> float:
+    def cost(log_factor: float) -> float:
         trial = widened(log_factor)
         parts = (
             in_blocks(_evidence, (f, w.observation), trial, size=windows_per_block())
-            for w, f in fits(trial, start)
+            for w, f in fits(trial)
         )
         # A window whose count the prior excludes tells nothing of the width.
         return -float(sum(part.sum(dtype=float, where=np.isfinite(part)) for part in parts))
 
-    def slope(log_factor: float, start: Targets) -> float:
+    def slope(log_factor: float) -> float:
         trial = widened(log_factor)
         posteriors = (
             sampled_windows(w._replace(targets=f.targets), trial, seed=seed, width_slope=True)
-            for w, f in fits(trial, start)
+            for w, f in fits(trial)
         )
         return float(sum(p.width_slope.sum(dtype=float) for p in posteriors))
 
     log_factor = 0.0
     for reach in _REACHES:
         trial = widened(log_factor)
-        counted, _ = selected(observation, start, trial, greedy=greedy, max_targets=slots)
-        start = joined([(w, s.fit) for w, s in counted], num_frames, slots)
-        if not start.mask.any():
+        targets = gathered(selected(observation, targets, trial, greedy=greedy))
+        if not len(targets.frame):
             raise ValueError("without targets the width of the PSF cannot be fitted")
         log_factor = optimize.minimize_scalar(
             cost,
-            args=(start,),
             bounds=(log_factor - reach, log_factor + reach),
             method="bounded",
             options={"xatol": 1e-4, "maxiter": 20},
@@ -105,12 +104,12 @@ def fit_width(
 
     prior = known.prior
     if prior.intensity is None and prior.cluster_size is None and float(prior.separation) == 0:
-        return widened(log_factor), start
-    first, second = (slope(trial, start) for trial in (log_factor, log_factor + _STEP))
+        return widened(log_factor), targets
+    first, second = (slope(trial) for trial in (log_factor, log_factor + _STEP))
     if first > second:  # the evidence has its maximum where the slope falls through zero
         reach = _REACHES[-1]
         log_factor += float(np.clip(first / (first - second) * _STEP, -reach, reach))
-    return widened(log_factor), start
+    return widened(log_factor), targets
 
 
 @jax.jit

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from dscsnet_jax.estimation.groups import linked, reach_of_groups
 from dscsnet_jax.estimation.solve import Solved
-from dscsnet_jax.estimation.windows import frame_sources, linked, reach_of_groups
+from dscsnet_jax.estimation.windows import frame_sources
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.targets import Targets
@@ -46,6 +47,7 @@ class UnmixResult:
         several.
       not_converged: (B, K) bool, the fit did not converge; of the posterior mean: its chains.
       unexplained: (B,) bool, the residual is larger than the noise.
+      crowded: (B, K) bool, target of a group too large to be fitted at once: it was split.
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out.
       start: (B,) text, where the first targets came from: `network` or `detection`.
@@ -67,6 +69,7 @@ class UnmixResult:
     saturated: np.ndarray
     unresolved: np.ndarray
     not_converged: np.ndarray
+    crowded: np.ndarray
     unexplained: np.ndarray
     truncated: np.ndarray
     invalid: np.ndarray
@@ -76,7 +79,7 @@ class UnmixResult:
     def status(self) -> np.ndarray:
         """(B, K) text: `ok`, or the flags that hold, joined by `|`; empty where no target."""
         shape = self.near_edge.shape
-        names = ("near_edge", "saturated", "unresolved", "not_converged")
+        names = ("near_edge", "saturated", "unresolved", "not_converged", "crowded")
         flags = {name: getattr(self, name) for name in names}
         for name in ("unexplained", "truncated", "invalid"):
             flags[name] = np.broadcast_to(getattr(self, name)[:, None], shape)
@@ -114,6 +117,7 @@ def grid_result(
         effective_sample_size=np.full(slots, np.inf),
         unresolved=np.zeros(slots, bool),
         not_converged=np.zeros(slots, bool),
+        crowded=np.zeros(slots, bool),
         unexplained=np.zeros(frames, bool),
         truncated=truncated,
         start=np.full(frames, "network"),
@@ -126,7 +130,6 @@ def solved_result(
     solved: Solved,
     known: Known,
     *,
-    truncated: np.ndarray | bool = False,
     maps: np.ndarray | None = None,
     start: str = "network",
 ) -> UnmixResult:
@@ -135,7 +138,6 @@ def solved_result(
     Args:
       solved: of B frames.
       known: PSF, gain and scene prior.
-      truncated: (B,) bool, targets were missing before.
       maps: (B, cN, cM) counts, or None.
       start: where the first targets came from.
     """
@@ -148,8 +150,9 @@ def solved_result(
         effective_sample_size=solved.effective_sample_size,
         unresolved=_unresolved(solved.targets, solved.std, known),
         not_converged=np.asarray(solved.targets.mask) & ~solved.converged,
+        crowded=solved.crowded,
         unexplained=chi_square > 1 + _UNEXPLAINED * expected_spread,
-        truncated=truncated | solved.truncated,
+        truncated=solved.truncated,
         start=np.full(len(solved.truncated), start),
         maps=maps,
         **_common(solved.observation, solved.targets, solved.source, known),

@@ -1,6 +1,6 @@
 """Solve: from the read-out's targets to fitted, counted and averaged ones.
 
-windows around groups of targets -> fit -> select counts -> [what was missed] -> posterior
+windows around groups of targets -> fit, select counts -> [what was missed] -> posterior
 
 Works on whole sets of frames; every step runs on windows of a few fixed shapes.
 """
@@ -23,7 +23,8 @@ from dscsnet_jax.batching import (
     windows_per_block,
 )
 from dscsnet_jax.estimation import ESTIMATES, windows
-from dscsnet_jax.estimation.windows import Windows
+from dscsnet_jax.estimation.groups import components, linked, reach_of_groups
+from dscsnet_jax.estimation.windows import Flat, Windows
 from dscsnet_jax.inference import observation as observing
 from dscsnet_jax.inference import program, sampler
 from dscsnet_jax.inference.fit import Fit
@@ -32,9 +33,12 @@ from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.inference.sampler import Posterior
 from dscsnet_jax.maps.detect import peaks_of
-from dscsnet_jax.physics.targets import Targets, from_arrays
+from dscsnet_jax.physics.targets import Targets
 
 _SEARCHES = 3  # for targets that the start had missed, and for room
+_SWEEPS = 12  # over the parts of groups that no window holds
+_NONE = np.zeros(0, int)
+_SETTLED = 0.05  # noise by which neighbours' light may still change
 
 
 class Solved(NamedTuple):
@@ -49,6 +53,7 @@ class Solved(NamedTuple):
         posterior mean: its chains agree.
       effective_sample_size: (B, K) of the chains; inf without sampling.
       count_probability: (B, K+1) of each number of targets.
+      crowded: (B, K) bool, the target's group was too large for a window, and was split.
       truncated: (B,) bool, targets are missing for want of slots.
       observation: noise and background as given or estimated.
       source: (B, N, M) expected counts of the targets.
@@ -60,6 +65,7 @@ class Solved(NamedTuple):
     converged: np.ndarray
     effective_sample_size: np.ndarray
     count_probability: np.ndarray
+    crowded: np.ndarray
     truncated: np.ndarray
     observation: Observation
     source: np.ndarray
@@ -67,10 +73,10 @@ class Solved(NamedTuple):
 
 def solve(
     observation: Observation,
-    start: Targets,
+    start: Flat,
     known: Known,
     *,
-    max_targets: int,
+    max_targets: int | None = None,
     estimate: str = "mean",
     estimate_noise: bool = False,
     greedy: bool = False,
@@ -82,9 +88,9 @@ def solve(
 
     Args:
       observation: B whole frames.
-      start: of each frame, `Targets` (B, K, ...).
+      start: first targets of the frames.
       known: PSF, gain and scene prior.
-      max_targets: slots of the answer.
+      max_targets: slots of the answer; None: as many as are found.
       estimate: `map`: the fit; `mean`: the posterior mean.
       estimate_noise: measure noise and background once more on the residual, where no
         target is left to disturb.
@@ -100,46 +106,40 @@ def solve(
       ValueError: for an unknown estimate.
 
     Example:
+      >>> from dscsnet_jax.estimation.windows import flat
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 4.6, 240.0), (5.1, 5.4, 200.0)]])
       >>> seen = observe(render(truth, frame_size=11, sigma=0.5), noise=1.0, background=0.0)
-      >>> answer = solve(seen, truth, Known(sigma=0.5), max_targets=4, estimate="map")
+      >>> answer = solve(seen, flat(truth), Known(sigma=0.5), max_targets=4, estimate="map")
       >>> answer.targets.intensity.round().tolist()
       [[240.0, 200.0, 0.0, 0.0]]
     """
     if estimate not in ESTIMATES:
         raise ValueError(f"unknown estimate {estimate!r}; choose one of {', '.join(ESTIMATES)}")
-    observation, start = jax.tree.map(np.asarray, (observation, start))
+    observation = jax.tree.map(np.asarray, observation)
     num_frames = len(observation.counts)
-    room = max(max_targets, start.mask.shape[1])
     if estimate_noise:
-        parts, _ = fitted(observation, start, known, num_free_slots=1)
-        start = joined(parts, num_frames, room)
+        start = gathered(selected(observation, start, known, compare=False, greedy=greedy))
         observation = _remeasured(observation, start, known)
-    if fixed_count:
-        parts, crowded = fitted(observation, start, known, num_free_slots=0)
-        counted = [(w, _uncounted(fit)) for w, fit in parts]
-    else:
-        counted, crowded = selected(observation, start, known, greedy=greedy, max_targets=room)
-    fits = [(w, s.fit.targets, _fit_values(s.fit)) for w, s in counted]
-    # What is too much is left out at the end: its neighbours' posteriors need it.
-    most = room if estimate == "mean" else max_targets
-    targets, values, over = windows.join(fits, num_frames, most)
+    counted = selected(observation, start, known, compare=not fixed_count, greedy=greedy)
+    fits = [(w, s.fit.targets, _fit_values(w, s.fit)) for w, s in counted]
+    found, values = windows.gather(fits)
     if estimate == "mean":
         if from_start:
-            targets = windows.join([(w, w.targets, ()) for w, _ in counted], num_frames, room)[0]
-        posteriors, more = sampled(observation, targets, known, seed=seed)
-        means = [(w, p.targets, _mean_values(p)) for w, p in posteriors]
-        targets, values, over = windows.join(means, num_frames, max_targets)
-        crowded = crowded | more
+            found = start
+        posteriors = sampled(observation, found, known, seed=seed)
+        means = [(w, p.targets, _mean_values(w, p)) for w, p in posteriors]
+        found, values = windows.gather(means)
+    targets, values, truncated = windows.padded(found, values, num_frames, max_targets)
     slots = targets.mask.shape
-    std, interval, converged, effective = values or (
+    std, interval, converged, effective, crowded = values or (
         np.zeros((*slots, 3)),
         np.zeros((*slots, 3, 4)),
         np.zeros(slots, bool),
         np.zeros(slots),
+        np.zeros(slots, bool),
     )
     return Solved(
         targets=targets,
@@ -147,103 +147,118 @@ def solve(
         interval=interval,
         converged=converged,
         effective_sample_size=effective,
-        count_probability=_count_probability(counted, num_frames, max_targets),
-        truncated=over | crowded,
+        count_probability=_count_probability(counted, num_frames, slots[1]),
+        crowded=crowded,
+        truncated=truncated,
         observation=observation,
         source=windows.frame_sources(targets, known.sigma, observation.counts),
     )
 
 
-def fitted(
-    observation: Observation,
-    start: Targets,
-    known: Known,
-    *,
-    num_free_slots: int,
-    widest: float | None = None,
-) -> tuple[list[tuple[Windows, Fit]], np.ndarray]:
-    """Fits of all windows at the start's counts.
-
-    Args:
-      observation: B whole frames, NumPy arrays.
-      start: of each frame, `Targets` (B, K, ...).
-      known: PSF, gain and scene prior.
-      num_free_slots: of each window.
-      widest: as of `windows.cut`.
-
-    Returns:
-      The windows with their fits, and (B,) bool: a group was too crowded for any window.
-    """
-    shapes = windows.fit_shapes(float(np.max(known.sigma)) if widest is None else widest)
-    how = {"sigma": known.sigma, "widest": widest, "num_free_slots": num_free_slots}
-    cuts, crowded = windows.cut(observation, start, shapes, **how)
-    fit = partial(_select, only_add=False)  # the program that compares counts, too
-    return [(w, _run(fit, w, known, np.False_).fit) for w in cuts], crowded
+Counted = list[tuple[Windows, Selected]]
 
 
 def selected(
-    observation: Observation, start: Targets, known: Known, *, greedy: bool, max_targets: int
-) -> tuple[list[tuple[Windows, Selected]], np.ndarray]:
-    """Fits with their counts selected; frames that lack targets or slots are done again.
+    observation: Observation,
+    start: Flat,
+    known: Known,
+    *,
+    compare: bool = True,
+    greedy: bool = False,
+    widest: float | None = None,
+    sweeps: int = _SWEEPS,
+) -> Counted:
+    """Fits of windows with their counts selected.
+
+    Groups that lack targets or slots are done again, and so are those that were split, until
+    the light that their parts tell each other has settled.
 
     Args:
       observation: B whole frames, NumPy arrays.
-      start: of each frame, `Targets` (B, K, ...).
+      start: first targets.
       known: PSF, gain and scene prior.
+      compare: with other counts; else those of the start are kept.
       greedy: only add targets, one at a time.
-      max_targets: most targets of a frame.
+      widest: as of `windows.cut`.
+      sweeps: most turns over split groups.
 
     Returns:
-      The windows with their fits, and (B,) bool: a group was too crowded for any window.
+      The windows with their fits.
     """
-    num_frames = len(observation.counts)
-    shapes = windows.fit_shapes(float(np.max(known.sigma)))
-    start = _with_missed(observation, start, known, max_targets)
-    todo = np.arange(num_frames)
-    done: list[tuple[Windows, Selected]] = []
-    crowded = np.zeros(num_frames, bool)
-    for last in [False] * (_SEARCHES - 1) + [True]:
-        some = take_rows(observation, todo)
-        cuts, full = windows.cut(some, start, shapes, sigma=known.sigma, num_free_slots=1)
-        crowded[todo] |= full
-        counted = [(w, _run(partial(_select, only_add=greedy), w, known, np.True_)) for w in cuts]
-        found = joined([(w, s.fit) for w, s in counted], len(todo), max_targets)
-        more = _with_missed(some, found, known, max_targets)
-        unfinished = more.mask.sum(1) > found.mask.sum(1)
-        for w, s in counted:  # no slot left to add another target: a larger window has some
-            unfinished[w.frame[s.fit.targets.mask.all(1)]] = True
-        again = np.flatnonzero(unfinished) if not last else todo[:0]
-        kept = ~np.isin(np.arange(len(todo)), again)
-        for w, s in counted:
-            w, s = take_rows((w, s), np.flatnonzero(kept[w.frame]))
-            done.append((w._replace(frame=todo[w.frame]), s))
-        todo, start = todo[again], take_rows(more, again)
-        if not len(todo):
+    reach = float(np.max(known.sigma)) if widest is None else widest
+    cut = partial(windows.cut, shapes=windows.fit_shapes(reach), sigma=known.sigma, widest=widest)
+    light = partial(windows.light_of, sigma=known.sigma, like=observation.counts)
+    todo = windows.together(start, _missed(observation, start, known)) if compare else start
+    done: Counted = []
+    for number in range(sweeps):
+        kept = gathered(done)
+        before = light(windows.together(todo, kept))
+        cuts = cut(observation, todo, num_free_slots=1, others=kept)
+        done += [(w, _run(partial(_select, only_add=greedy), w, known, compare)) for w in cuts]
+        found = gathered(done)
+        if not done or number == sweeps - 1:
             break
-    return done, crowded
+        searching = compare and number < _SEARCHES - 1
+        missed = _missed(observation, found, known) if searching else take_rows(found, _NONE)
+        change = np.abs(light(found) - before)
+        unfinished = np.concatenate([_unfinished(w, s, change, searching) for w, s in done])
+        # Groups of all places that windows started from, of answers, and of what was missed.
+        starts, window = _starts(done)
+        places = windows.together(starts, found, missed)
+        pairs = linked(places.position, places.frame, reach_of_groups(reach))
+        group = components(pairs, len(places.frame))
+        first, of_found, of_missed = np.split(group, np.cumsum([len(window), len(found.frame)]))
+        again = np.zeros(len(group), bool)
+        again[first[unfinished[window]]] = again[of_missed] = True
+        if not again.any():
+            break
+        todo = windows.together(take_rows(found, np.flatnonzero(again[of_found])), missed)
+        settled = np.ones(len(unfinished), bool)
+        settled[window[again[first]]] = False
+        ends = np.cumsum([len(w.frame) for w, _ in done])[:-1]
+        rows = [np.flatnonzero(part) for part in np.split(settled, ends)]
+        done = [take_rows(part, some) for part, some in zip(done, rows, strict=True) if len(some)]
+    return done
+
+
+def _unfinished(w: Windows, s: Selected, change: np.ndarray, searching: bool) -> np.ndarray:
+    """(W,) bool: no slot is left to add another target, or the other parts' light has changed."""
+    full = np.asarray(s.fit.targets.mask).all(1) & searching
+    return full | (w.split & (windows.highest(w, change) > _SETTLED * w.observation.noise))
+
+
+def _starts(done: Counted) -> tuple[Flat, np.ndarray]:
+    """The windows' own first targets, and the number of the window of each."""
+    parts, number = [], 0
+    for w, _ in done:
+        index = number + np.arange(len(w.frame))
+        parts.append((w, w.targets, (_each(w, index),)))
+        number += len(index)
+    starts, (window,) = windows.gather(parts)
+    return starts, window
 
 
 def sampled(
     observation: Observation,
-    targets: Targets,
+    targets: Flat,
     known: Known,
     *,
     seed: int,
-) -> tuple[list[tuple[Windows, Posterior]], np.ndarray]:
+) -> list[tuple[Windows, Posterior]]:
     """Posteriors of all windows at the counts of the targets.
 
     Args:
       observation: B whole frames, NumPy arrays.
-      targets: of each frame, `Targets` (B, K, ...), best those of a fit.
+      targets: best those of a fit.
       known: PSF, gain and scene prior.
       seed: of the chains.
 
     Returns:
-      The windows with their posteriors, and (B,) bool: a group was too crowded for any.
+      The windows with their posteriors.
     """
     shapes = windows.exact_shapes(float(np.max(known.sigma)))
-    cuts, crowded = windows.cut(observation, targets, shapes, sigma=known.sigma)
-    return [(w, sampled_windows(w, known, seed=seed)) for w in cuts], crowded
+    cuts = windows.cut(observation, targets, shapes, sigma=known.sigma)
+    return [(w, sampled_windows(w, known, seed=seed)) for w in cuts]
 
 
 def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = False) -> Posterior:
@@ -309,64 +324,50 @@ def _remeasure(given: tuple[Observation, Any, Any], gain: Any) -> Observation:
     return observing.remeasured(*given, gain)
 
 
-def _remeasured(observation: Observation, targets: Targets, known: Known) -> Observation:
+def _remeasured(observation: Observation, targets: Flat, known: Known) -> Observation:
     """`observation.remeasured` with these targets, block by block."""
-    source = windows.frame_sources(targets, known.sigma, observation.counts)
-    number = targets.mask.sum(1).astype(source.dtype)
+    source = windows.light_of(targets, known.sigma, observation.counts)
+    number = np.bincount(targets.frame, minlength=len(source)).astype(source.dtype)
     size = frames_per_block(source.shape[1:])
     return in_blocks(_remeasure, (observation, source, number), known.gain, size=size)
 
 
-def _with_missed(
-    observation: Observation, targets: Targets, known: Known, max_targets: int
-) -> Targets:
-    """The targets, and the peaks of what they leave unexplained."""
-    source = windows.frame_sources(targets, known.sigma, observation.counts)
+def _missed(observation: Observation, targets: Flat, known: Known) -> Flat:
+    """Peaks of what the targets leave unexplained."""
+    source = windows.light_of(targets, known.sigma, observation.counts)
     # A saturated pixel tells nothing of what is missing there but that something may be.
     valid = observation.valid & ~observation.saturated
     left = dataclasses.replace(observation, neighbours=source, valid=valid)
-    peaks = peaks_of(left, known, max_targets=max_targets)
-    joined = jax.tree.map(lambda a, b: np.concatenate([a, b], 1), targets, peaks)
-    order = np.argsort(~joined.mask, axis=1, kind="stable")[:, :max_targets]
-    return from_arrays(
-        np.take_along_axis(joined.position, order[..., None], 1),
-        np.take_along_axis(joined.intensity, order, 1),
-        np.take_along_axis(joined.mask, order, 1),
-    )
+    return windows.flat(peaks_of(left, known, max_targets=source[:1].size // 8))
 
 
-def joined(parts: list[tuple[Windows, Fit]], num_frames: int, max_targets: int) -> Targets:
+def gathered(counted: Counted) -> Flat:
     """Fitted targets of frames, without what is known about them."""
-    return windows.join([(w, fit.targets, ()) for w, fit in parts], num_frames, max_targets)[0]
+    return windows.gather([(w, s.fit.targets, ()) for w, s in counted])[0]
 
 
-def _fit_values(fit: Fit) -> tuple[np.ndarray, ...]:
+def _fit_values(w: Windows, fit: Fit) -> tuple[np.ndarray, ...]:
     """Values per target of a fit, as `Solved` has them."""
-    slots = fit.targets.mask.shape
     std = np.asarray(fit.std)
     centre = np.concatenate([fit.targets.position, fit.targets.intensity[..., None]], -1)
     interval = centre[..., None] + std[..., None] * np.array([-2.0, -1.0, 1.0, 2.0])
-    converged = np.broadcast_to(np.asarray(fit.converged)[:, None], slots)
-    return std, interval.astype(std.dtype), converged, np.full(slots, np.inf, std.dtype)
+    effective = np.full(len(std), np.inf, std.dtype)
+    by_window = (_each(w, a) for a in (fit.converged, effective, w.split))
+    return std, interval.astype(std.dtype), *by_window
 
 
-def _mean_values(posterior: Posterior) -> tuple[Any, ...]:
+def _mean_values(w: Windows, posterior: Posterior) -> tuple[Any, ...]:
     """Values per target of a posterior, as `Solved` has them."""
-    slots = posterior.targets.mask.shape
-    converged = np.broadcast_to(np.asarray(posterior.converged)[:, None], slots)
-    effective = np.broadcast_to(np.asarray(posterior.effective_sample_size)[:, None], slots)
-    return posterior.std, posterior.interval, converged, effective
+    of_windows = posterior.converged, posterior.effective_sample_size, w.split
+    return posterior.std, posterior.interval, *(_each(w, a) for a in of_windows)
 
 
-def _uncounted(fit: Fit) -> Selected:
-    slots = fit.targets.mask.shape[-1] + 1
-    chosen = fit.targets.mask.sum(-1)[:, None] == np.arange(slots)
-    return Selected(fit, np.where(chosen, 0.0, -np.inf))  # type: ignore[arg-type]
+def _each(w: Windows, of_windows: Any) -> np.ndarray:
+    """Values (W,) of windows for each of their slots (W, K)."""
+    return np.broadcast_to(np.asarray(of_windows)[:, None], w.targets.mask.shape)
 
 
-def _count_probability(
-    counted: list[tuple[Windows, Selected]], num_frames: int, max_targets: int
-) -> np.ndarray:
+def _count_probability(counted: Counted, num_frames: int, max_targets: int) -> np.ndarray:
     """(B, K+1) probabilities of each number of targets, group by group.
 
     What is above K is counted as K.
@@ -377,7 +378,14 @@ def _count_probability(
         table = np.array(of_windows.log_evidence, float)
         # Where every count was impossible, the one that was kept is certain.
         never = np.flatnonzero(~np.isfinite(table.max(1)))
-        table[never, np.asarray(of_windows.fit.targets.mask)[never].sum(1)] = 0
+        mask = np.asarray(of_windows.fit.targets.mask)
+        table[never, mask[never].sum(1)] = 0
+        # Guests are counted by their own windows.
+        guests = mask.sum(1) - windows.own(w, of_windows.fit.targets).sum(1)
+        column = np.arange(table.shape[1]) + guests[:, None]
+        table = np.take_along_axis(
+            np.pad(table, ((0, 0), (0, len(mask[0]))), constant_values=-np.inf), column, 1
+        )
         share = np.exp(table - table.max(1, keepdims=True))
         share = share / share.sum(1, keepdims=True)
         order = np.argsort(w.frame, kind="stable")

@@ -10,6 +10,7 @@ import functools
 import numpy as np
 
 from dscsnet_jax.estimation import windows
+from dscsnet_jax.estimation.groups import nearest_distance
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Weights
@@ -28,9 +29,8 @@ def read_windows(
     *,
     threshold: float | None,
     max_targets: int,
-    batch_size: int | None,
-) -> tuple[Targets, np.ndarray]:
-    """Peaks of the maps of windows around all that stands out, and where slots were missing.
+) -> windows.Flat:
+    """Peaks of the maps of windows around all that stands out.
 
     Arguments as of `read_maps`. Frames are looked at as a whole by networks that are bound
     to their size.
@@ -41,21 +41,16 @@ def read_windows(
         known=known,
         readout="peaks",
         threshold=threshold,
-        batch_size=batch_size,
     )
     if is_frame_bound(network_of(weights)):
-        return read(observation, max_targets=max_targets)[1:]
+        return windows.flat(read(observation, max_targets=max_targets)[1])
     peaks = peaks_of(observation, known, max_targets=max_targets, least_snr=_FAINTEST_SNR)
     shapes = windows.exact_shapes(float(np.max(known.sigma)))[2:]
-    cuts, crowded = windows.cut(observation, peaks, shapes, sigma=known.sigma)
     parts = []
-    for w in cuts:
-        slots = w.targets.mask.shape[1]
-        _, found, over = read(w.observation, max_targets=slots)
-        crowded[w.frame[over]] = True
+    for w in windows.cut(observation, windows.flat(peaks), shapes, sigma=known.sigma):
+        found = read(w.observation, max_targets=w.targets.mask.shape[1])[1]
         parts.append((w, _own(found, w, peaks), ()))
-    targets, _, over = windows.join(parts, len(crowded), max_targets)
-    return targets, over | crowded
+    return windows.gather(parts)[0]
 
 
 def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
@@ -67,8 +62,8 @@ def _own(found: Targets, w: windows.Windows, peaks: Targets) -> Targets:
 
     (place, window), (own, of_window), (all_of, of_frame) = map(flat, (found, w.targets, peaks))
     origin = w.observation.origin
-    to_own = windows.nearest_distance(place, window, own, of_window)
-    to_any = windows.nearest_distance(place + origin[window], w.frame[window], all_of, of_frame)
+    to_own = nearest_distance(place, window, own, of_window)
+    to_any = nearest_distance(place + origin[window], w.frame[window], all_of, of_frame)
     mask = np.array(found.mask)
     mask[mask] = to_own**2 <= to_any**2 + 1e-3
     return from_arrays(found.position, found.intensity, mask)

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dscsnet_jax.batching import frames_per_block, in_blocks
+from dscsnet_jax.batching import block_of, frames_per_block, in_blocks
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
 from dscsnet_jax.estimation.psf_width import fit_width
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
 from dscsnet_jax.estimation.solve import solve
 from dscsnet_jax.estimation.start import read_windows
+from dscsnet_jax.estimation.windows import flat
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
@@ -91,7 +92,7 @@ def bayes_reference(
     told = _known(known["sigma"], known["gain"], known["prior"])
     solved = solve(
         _observed(np.asarray(frames, np.float32), *sensor),
-        truth,
+        flat(truth),
         told,
         max_targets=np.asarray(truth.mask).shape[1],
         fixed_count=True,
@@ -119,7 +120,7 @@ def unmix(
     threshold: float | None = None,
     max_targets: int | None = None,
     mask_invalid: bool = False,
-    batch_size: int | None = None,
+    block: int | None = None,
     seed: int = 0,
     return_maps: bool = False,
 ) -> UnmixResult:
@@ -154,10 +155,11 @@ def unmix(
         only, `cells` (reference rule of the benchmark: each cell above the threshold).
       threshold: least energy of a target read out, counts; None: by prior and noise, or
         50 counts for `cells`.
-      max_targets: slots per frame, `K`; None: 16, or one per 8 pixels if that is more.
+      max_targets: slots per frame, `K`; None: as many as are found, at least 16.
       mask_invalid: leave NaN and Inf pixels out and flag the frame, instead of an error.
-      batch_size: frames at once in the network; None: what suits the device. Another number
-        changes the answers by rounding.
+      block: windows, and at most so many frames, that are computed together; None: what suits
+        the device, whatever the number of frames. Another number changes the answers by
+        rounding.
       seed: of the posterior's random numbers.
       return_maps: make, or keep, the maps of whole frames; None is returned without a network.
 
@@ -178,7 +180,7 @@ def unmix(
       >>> [round(float(x), 2) for x in answer.targets.position[0, 1]]
       [5.1, 5.5]
     """
-    _check_choices(method, estimate, readout, batch_size)
+    _check_choices(method, estimate, readout)
     y = as_frames(frames, mask_invalid=mask_invalid)
     named = weights is not None
     if not isinstance(weights, Weights):
@@ -188,44 +190,44 @@ def unmix(
         saturation = own if np.isfinite(own) or not named else _trained_well(weights)
     with np.errstate(over="ignore"):  # counts beyond float32 become infinite, and so invalid
         y = as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
-    slots = max(_ROOM, y.shape[1] * y.shape[2] // 8) if max_targets is None else max_targets
-    if slots < 1:
+    if max_targets is not None and max_targets < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
     width = np.broadcast_to(weights.metadata.geometry.sigma if sigma is None else sigma, 2)
     known = _known(width, gain, ScenePrior() if prior is None else prior)
     observation = _observed(y, noise, pedestal, background, saturation, gain)
-    room = max(_ROOM, slots)  # what is too much is left out at the end, not before the fit
-    maps, found, over = None, no_targets(len(y), room), np.zeros(len(y), bool)
+    most = max(_ROOM, y.shape[1] * y.shape[2] // 8)  # of a start
     given = observation, weights, known
-    how: dict[str, Any] = {
-        "threshold": threshold,
-        "max_targets": slots if method == "grid" else room,
-        "batch_size": batch_size,
-    }
-    if method == "grid":
-        check_width(weights, width)
-        maps, found, over = read_maps(*given, readout=readout, **how)
-        maps = maps if return_maps else None
-        return grid_result(observation, found, known, truncated=over, maps=maps)
-    by_network = method == "dscsnet" and _trained_for(weights, width)
-    if by_network:
-        found, over = read_windows(*given, **how)
-        maps = read_maps(*given, readout=readout, **how)[0] if return_maps else None
-    greedy = method == "greedy"
-    if fit_psf:
-        known, found = fit_width(observation, found, known, greedy=greedy, seed=seed)
-    solved = solve(
-        observation,
-        found,
-        known,
-        max_targets=slots,
-        estimate=estimate,
-        estimate_noise=noise is None,
-        greedy=greedy,
-        seed=seed,
-    )
-    start = "network" if by_network else "detection"
-    return solved_result(solved, known, truncated=over, maps=maps, start=start)
+    maps: np.ndarray | None = None
+    with block_of(block):
+        if method == "grid":
+            check_width(weights, width)
+            slots = most if max_targets is None else max_targets
+            maps, read, over = read_maps(
+                *given, readout=readout, threshold=threshold, max_targets=slots
+            )
+            maps = maps if return_maps else None
+            return grid_result(observation, read, known, truncated=over, maps=maps)
+        by_network = method == "dscsnet" and _trained_for(weights, width)
+        start = flat(no_targets(len(y), 1))
+        if by_network:
+            start = read_windows(*given, threshold=threshold, max_targets=most)
+        if by_network and return_maps:
+            maps = read_maps(*given, readout=readout, threshold=threshold, max_targets=1)[0]
+        greedy = method == "greedy"
+        if fit_psf:
+            known, start = fit_width(observation, start, known, greedy=greedy, seed=seed)
+        solved = solve(
+            observation,
+            start,
+            known,
+            max_targets=max_targets,
+            estimate=estimate,
+            estimate_noise=noise is None,
+            greedy=greedy,
+            seed=seed,
+        )
+    begun = "network" if by_network else "detection"
+    return solved_result(solved, known, maps=maps, start=begun)
 
 
 def _trained_for(weights: Weights, width: np.ndarray) -> bool:
@@ -238,7 +240,7 @@ def _trained_for(weights: Weights, width: np.ndarray) -> bool:
     return True
 
 
-def _check_choices(method: str, estimate: str, readout: str, batch_size: int | None) -> None:
+def _check_choices(method: str, estimate: str, readout: str) -> None:
     choices = (
         ("method", method, METHODS),
         ("estimate", estimate, ESTIMATES),
@@ -249,8 +251,6 @@ def _check_choices(method: str, estimate: str, readout: str, batch_size: int | N
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
     if readout == "cells" and method != "grid":
         raise ValueError("the read-out 'cells' goes with the method 'grid' only")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _load(weights: str | Path | None) -> Weights:

@@ -3,32 +3,38 @@
 Targets further apart than their PSFs reach do not disturb each other's fit. So a frame of
 any size becomes a few small windows with few targets, of a few fixed shapes, and the cost
 grows with the number of targets. What a window sees of other groups is told to it as the light
-of neighbours.
+of neighbours. A group that no window holds is split; each part is fitted together with the
+nearest targets of the others, its guests, whose answers their own windows give.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from dscsnet_jax.batching import in_blocks, windows_per_block
+from dscsnet_jax.estimation.groups import (
+    boxes,
+    components,
+    linked,
+    members,
+    parts,
+    ranks,
+    reach_of_groups,
+)
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics import optics
-from dscsnet_jax.physics.targets import Targets, from_arrays, no_targets
+from dscsnet_jax.physics.targets import Targets, from_arrays
 
 _REACH = 4.0  # PSF sigmas around a target that its window holds
-_LINK = 4.0  # PSF sigmas and a pixel between targets that are fitted together
 _FAR = 7.0  # PSF sigmas at which a target's light ends, below the rounding of its peak
+_SLOTS = 16  # fewest of an answer
 _RENDERED = 16  # blocks of windows whose targets' light is made together
-_LINK_LEVELS = 6
-_LINK_STEP = 0.7
 
 
 class Shape(NamedTuple):
@@ -38,6 +44,20 @@ class Shape(NamedTuple):
     slots: int
 
 
+class Flat(NamedTuple):
+    """Targets of many frames as one list.
+
+    Attributes:
+      frame: (T,) number of the frame of each.
+      position: (T, 2) row and col, pixels.
+      intensity: (T,) counts.
+    """
+
+    frame: np.ndarray
+    position: np.ndarray
+    intensity: np.ndarray
+
+
 class Windows(NamedTuple):
     """Windows of one shape.
 
@@ -45,11 +65,15 @@ class Windows(NamedTuple):
       frame: (W,) number of the frame each was cut from.
       observation: its pixels, `Observation` of (W, P, P).
       targets: `Targets` (W, K, ...), positions within the window.
+      guest: (W, K) bool, targets that belong to another window.
+      split: (W,) bool, the window holds a part of a group.
     """
 
     frame: np.ndarray
     observation: Observation
     targets: Targets
+    guest: np.ndarray
+    split: np.ndarray
 
 
 def fit_shapes(sigma: float) -> tuple[Shape, ...]:
@@ -60,56 +84,69 @@ def fit_shapes(sigma: float) -> tuple[Shape, ...]:
       Shape(side=7, slots=4)
     """
     base = 2 * int(np.ceil(_REACH * sigma)) + 3
-    return Shape(base, 4), Shape(base, 6), Shape(base + 4, 12), Shape(2 * base, 24)
+    return Shape(base, 4), Shape(base, 6), Shape(base + 4, 12)
 
 
 def exact_shapes(sigma: float) -> tuple[Shape, ...]:
     """Shapes for sampling, with as few empty slots as possible."""
-    _, small, middle, large = fit_shapes(sigma)
+    _, small, large = fit_shapes(sigma)
     few = tuple(Shape(small.side, slots) for slots in (2, 4, 6))
-    return *few, Shape(middle.side, 8), Shape(middle.side, 12), large
+    return *few, Shape(large.side, 8), large
+
+
+def flat(targets: Targets) -> Flat:
+    """The targets of frames, `Targets` (B, K, ...), as one list."""
+    at = np.nonzero(targets.mask)
+    return Flat(at[0], np.asarray(targets.position)[at], np.asarray(targets.intensity)[at])
+
+
+def together(*lists: Flat) -> Flat:
+    """One list of several."""
+    return Flat(*(np.concatenate(column) for column in zip(*lists, strict=True)))
 
 
 def cut(
     observation: Observation,
-    targets: Targets,
+    targets: Flat,
     shapes: tuple[Shape, ...],
     *,
     sigma: np.ndarray,
     widest: float | None = None,
     num_free_slots: int = 0,
-) -> tuple[list[Windows], np.ndarray]:
+    others: Flat | None = None,
+) -> list[Windows]:
     """Cut the groups of each frame's targets out as windows.
 
     Args:
       observation: B whole frames, NumPy arrays.
-      targets: of the frames, `Targets` (B, K, ...).
+      targets: of the frames.
       shapes: of the windows, from the smallest; a group takes the first that holds it.
       sigma: (2,) PSF standard deviation, pixels.
       widest: by which targets are grouped, pixels; None: the larger one of `sigma`.
       num_free_slots: of each window, for further targets.
+      others: further targets, whose light the windows see as that of neighbours.
 
     Returns:
-      The windows, one item per shape that occurs, and (B,) bool: a group did not fit
-      into the largest shape, and its weakest targets were left out.
+      The windows, one item per shape that occurs.
     """
-    given = (float(np.max(sigma)) if widest is None else widest), shapes, num_free_slots
-    frame, slot = np.nonzero(targets.mask)
-    position = np.asarray(targets.position, float)[frame, slot]
-    intensity = np.asarray(targets.intensity)[frame, slot]
-    label = _groups(position, frame, *given)
-    # In the order of their frames and first targets, whatever other frames hold.
-    _, first, label = np.unique(label, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    member, group_frame = np.argsort(order)[label], frame[first[order]]
-    low, high, number = _boxes(position, member, len(order))
-    kind, crowded = _kinds(low, high, number, *given)
-    order = np.lexsort((-intensity, member))
-    rank = np.empty(len(member), int)
-    rank[order] = np.arange(len(member)) - np.searchsorted(member[order], member[order])
-    truncated = np.zeros(len(observation.counts), bool)
-    truncated[group_frame[crowded]] = True
-    source = frame_sources(targets, sigma, observation.counts)
+    reach = float(np.max(sigma)) if widest is None else widest
+    rooms = np.array([shape.side - 2 * _REACH * reach for shape in shapes])
+    slots = np.array([shape.slots - num_free_slots for shape in shapes])
+    frame, position, intensity = targets
+    pairs = linked(position, frame, reach_of_groups(reach))
+    group = components(pairs, len(frame))
+    part = parts(position, group, rooms[-1], slots[-1])
+    low, high, number = boxes(position, part)
+    part_group, part_frame = np.empty((2, len(number)), int)
+    part_group[part], part_frame[part] = group, frame
+    split = np.bincount(part_group)[part_group] > 1 if len(part) else np.zeros(0, bool)
+    member, target, guest = members(part, pairs, position, intensity)
+    rank = ranks(member)
+    number = np.minimum(np.bincount(member, minlength=len(number)), slots[-1])
+    extent = (high - low).max(-1, initial=0)
+    kind = ((extent[:, None] <= rooms) & (number[:, None] <= slots)).argmax(1)
+    seen_of = together(targets, others) if others is not None else targets
+    source = light_of(seen_of, sigma, observation.counts)
     found = []
     for index, shape in enumerate(shapes):
         chosen = np.flatnonzero(kind == index)
@@ -119,76 +156,106 @@ def cut(
         origin = _inside(middle - shape.side // 2, observation.counts.shape[1:], shape.side)
         number_of = np.full(len(kind), -1)
         number_of[chosen] = np.arange(len(chosen))
-        inside = (number_of[member] >= 0) & (rank < shape.slots - num_free_slots)
-        window, place = number_of[member[inside]], rank[inside]
-        table = np.zeros((len(chosen), shape.slots, 3), intensity.dtype)
-        table[window, place, :2] = position[inside] - origin[window]
-        table[window, place, 2] = intensity[inside]
-        present = np.zeros(table.shape[:2], bool)
-        present[window, place] = True
+        at = np.flatnonzero((number_of[member] >= 0) & (rank < slots[index]))
+        place = position[target[at]] - origin[number_of[member[at]]]
+        within = (np.abs(place - (shape.side - 1) / 2) <= shape.side / 2).all(-1)
+        at, place = (a[within | ~guest[at]] for a in (at, place))
+        slot = number_of[member[at]], rank[at]
+        table = np.zeros((len(chosen), shape.slots, 3), observation.counts.dtype)
+        table[slot] = np.column_stack([place, intensity[target[at]]])
+        present, foreign = np.zeros((2, *table.shape[:2]), bool)
+        present[slot], foreign[slot] = True, guest[at]
         local = from_arrays(table[..., :2], table[..., 2], present)
-        seen = _pixels(observation, source, group_frame[chosen], origin, shape.side)
+        seen = _pixels(observation, source, part_frame[chosen], origin, shape.side)
         seen = _with_neighbours(seen, frame_sources(local, sigma, seen.counts))
-        found.append(Windows(group_frame[chosen], seen, local))
-    return found, truncated
+        found.append(Windows(part_frame[chosen], seen, local, foreign, split[chosen]))
+    return found
 
 
-def join(
-    parts: list[tuple[Windows, Targets, tuple[Any, ...]]],
-    num_frames: int,
-    max_targets: int,
-) -> tuple[Targets, list[np.ndarray], np.ndarray]:
-    """Put the windows' answers together, brightest target first.
+def gather(
+    answers: Sequence[tuple[Windows, Targets, tuple[Any, ...]]],
+) -> tuple[Flat, list[np.ndarray]]:
+    """Put the windows' answers together, without those of their guests.
 
     Args:
-      parts: windows, their targets, and further values per target (W, K, ...).
-      num_frames: `B`.
-      max_targets: slots of the answer.
+      answers: windows, their targets, and further values per target (W, K, ...).
 
     Returns:
-      `Targets` (B, max_targets, ...), the further values in the same slots (0 where
-      there is no target), and (B,) bool: there were more targets, the weakest are missing.
+      The targets, and the further values of each.
     """
-    columns: list[list[np.ndarray]] = [[], [], []]
-    for windows, targets, values in parts:
-        window, slot = np.nonzero(targets.mask)
-        table = np.asarray(targets.position)[window, slot] + windows.observation.origin[window]
-        columns[0].append(windows.frame[window])
-        columns[1].append(table)
-        columns[2].append(np.asarray(targets.intensity)[window, slot])
-        for number, value in enumerate(values):
-            while len(columns) < number + 4:
-                columns.append([])
-            columns[number + 3].append(np.asarray(value)[window, slot])
-    if not parts:
-        return no_targets(num_frames, max_targets), [], np.zeros(num_frames, bool)
-    flat = [np.concatenate(column) for column in columns]
-    order = np.lexsort((-flat[2], flat[0]))
-    flat = [column[order] for column in flat]
-    rank = np.arange(len(order)) - np.searchsorted(flat[0], flat[0])
-    kept = rank < max_targets
-    truncated = np.zeros(num_frames, bool)
-    truncated[flat[0][~kept]] = True
+    columns = []
+    for windows, targets, values in answers:
+        at = np.nonzero(own(windows, targets))
+        place = np.asarray(targets.position)[at] + windows.observation.origin[at[0]]
+        rest = [np.asarray(value)[at] for value in (targets.intensity, *values)]
+        columns.append([windows.frame[at[0]], place, *rest])
+    if not columns:
+        return Flat(np.zeros(0, int), np.zeros((0, 2), np.float32), np.zeros(0, np.float32)), []
+    joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    return Flat(joined[0], joined[1].astype(joined[2].dtype), joined[2]), joined[3:]
 
-    def padded(column: np.ndarray) -> np.ndarray:
-        answer = np.zeros((num_frames, max_targets, *column.shape[1:]), column.dtype)
-        answer[flat[0][kept], rank[kept]] = column[kept]
+
+def own(windows: Windows, targets: Targets) -> np.ndarray:
+    """(W, K) bool: targets of answers that do not belong to a guest, the nearest start's owner."""
+    start, mask = windows.targets, np.asarray(targets.mask)
+    apart = np.asarray(targets.position)[:, :, None] - np.asarray(start.position)[:, None]
+    distance = np.where(np.asarray(start.mask)[:, None], (apart**2).sum(-1), np.inf)
+    return mask & ~np.take_along_axis(windows.guest, distance.argmin(-1), 1)
+
+
+def highest(windows: Windows, image: np.ndarray) -> np.ndarray:
+    """(W,) largest value of frames (B, N, M) within each window."""
+    origin = np.asarray(windows.observation.origin, int)
+    at, inside = _pixels_at(origin, windows.observation.counts.shape[1], image.shape[1:])
+    return np.where(inside, image[(windows.frame[:, None, None], *at)], 0).max((1, 2), initial=0)
+
+
+def padded(
+    targets: Flat, values: list[np.ndarray], num_frames: int, max_targets: int | None
+) -> tuple[Targets, list[np.ndarray], np.ndarray]:
+    """Targets frame by frame, the brightest first.
+
+    Args:
+      targets: of all frames.
+      values: further values of each target.
+      num_frames: `B`.
+      max_targets: slots of the answer, `K`; None: as many as there are in a frame, and some.
+
+    Returns:
+      `Targets` (B, K, ...), the further values in the same slots (0 where there is no
+      target), and (B,) bool: there were more targets, the weakest are missing.
+    """
+    order = np.lexsort((-targets.intensity, targets.frame))
+    frame = targets.frame[order]
+    rank = ranks(frame)
+    slots = max(rank.max(initial=-1) + 1, _SLOTS) if max_targets is None else max_targets
+    kept = rank < slots
+    truncated = np.zeros(num_frames, bool)
+    truncated[frame[~kept]] = True
+
+    def table(column: np.ndarray) -> np.ndarray:
+        answer = np.zeros((num_frames, slots, *column.shape[1:]), column.dtype)
+        answer[frame[kept], rank[kept]] = column[order[kept]]
         return answer
 
-    mask = padded(np.ones(len(order), bool))
-    targets = from_arrays(padded(flat[1]).astype(flat[2].dtype), padded(flat[2]), mask)
-    return targets, [padded(column) for column in flat[3:]], truncated
+    mask = table(np.ones(len(order), bool))
+    answer = from_arrays(table(targets.position), table(targets.intensity), mask)
+    return answer, [table(column) for column in values], truncated
 
 
 def frame_sources(targets: Targets, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """`light_of` of `Targets` (B, K, ...)."""
+    return light_of(flat(targets), sigma, like)
+
+
+def light_of(targets: Flat, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Expected counts of all targets of each frame, in the shape (B, N, M) and type of `like`."""
-    frame, slot = np.nonzero(targets.mask)
-    place = np.asarray(targets.position)[frame, slot]
+    frame, place, intensity = targets
     side = 2 * int(np.ceil(_FAR * np.max(sigma))) + 1
     pixel = np.rint(place).astype(int) - side // 2
     one = from_arrays(
         (place - pixel).astype(like.dtype)[:, None],
-        np.asarray(targets.intensity)[frame, slot].astype(like.dtype)[:, None],
+        intensity.astype(like.dtype)[:, None],
         np.ones((len(frame), 1), bool),
     )
     source = np.zeros_like(like)
@@ -204,91 +271,6 @@ def frame_sources(targets: Targets, sigma: np.ndarray, like: np.ndarray) -> np.n
 @partial(jax.jit, static_argnames="frame_size")
 def _render(targets: Targets, sigma: jax.Array, *, frame_size: tuple[int, int]) -> jax.Array:
     return optics.render(targets, frame_size=frame_size, sigma=sigma)
-
-
-def reach_of_groups(sigma: float) -> float:
-    """Pixels in row or col between targets that are fitted together."""
-    return _LINK * sigma + 1
-
-
-def linked(position: np.ndarray, frame: np.ndarray, reach: float) -> np.ndarray:
-    """(P, 2) pairs of targets (T, 2) of the same frame (T,) no further apart in row and col."""
-    apart = _frames_apart(position, reach)
-    tree = cKDTree(np.column_stack([frame * apart, position]))
-    return tree.query_pairs(reach, p=np.inf, output_type="ndarray")
-
-
-def nearest_distance(
-    place: np.ndarray, frame: np.ndarray, to: np.ndarray, to_frame: np.ndarray
-) -> np.ndarray:
-    """(T,) pixels from each place (T, 2) to the nearest of some (S, 2) in its own frame."""
-    apart = _frames_apart(np.concatenate([place, to]), 0)
-    tree = cKDTree(np.column_stack([to_frame * apart, to]))
-    return tree.query(np.column_stack([frame * apart, place]))[0]
-
-
-def _frames_apart(position: np.ndarray, reach: float) -> float:
-    """What keeps frames apart along an axis of their own: more than places of one, and a reach."""
-    return 4 * (np.abs(position).max(initial=0) + reach) + 1
-
-
-def _groups(
-    position: np.ndarray,
-    frame: np.ndarray,
-    sigma: float,
-    shapes: tuple[Shape, ...],
-    num_free_slots: int,
-) -> np.ndarray:
-    """(T,) number of the group of each target (T, 2).
-
-    Groups that no shape holds are parted at ever smaller gaps.
-    """
-    group = np.zeros(len(frame), int)
-    todo = np.arange(len(frame))
-    link = reach_of_groups(sigma)
-    for _ in range(_LINK_LEVELS):
-        if not len(todo):
-            break
-        pairs = linked(position[todo], frame[todo], link)
-        graph = coo_array((np.ones(len(pairs)), pairs.T), (len(todo),) * 2)
-        number, member = connected_components(graph, directed=False)
-        group[todo] = group.max() + 1 + member
-        boxes = _boxes(position[todo], member, number)
-        crowded = _kinds(*boxes, sigma, shapes, num_free_slots)[1]
-        todo = todo[crowded[member]]
-        link = link * _LINK_STEP
-    return group
-
-
-def _boxes(
-    position: np.ndarray, member: np.ndarray, number: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least and largest position (G, 2) and the number of targets (G,) of each group."""
-    low, high = np.full((number, 2), np.inf), np.full((number, 2), -np.inf)
-    np.minimum.at(low, member, position)
-    np.maximum.at(high, member, position)
-    return low, high, np.bincount(member, minlength=number)
-
-
-def _kinds(
-    low: np.ndarray,
-    high: np.ndarray,
-    number: np.ndarray,
-    sigma: float,
-    shapes: tuple[Shape, ...],
-    num_free_slots: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first shape (G,) that holds each group, else the last; and where none does."""
-    extent = (high - low).max(-1, initial=0)
-    room = [shape.side - 2 * _REACH * sigma for shape in shapes]
-    holds = np.stack(
-        [
-            (extent <= most) & (number <= shape.slots - num_free_slots)
-            for most, shape in zip(room, shapes, strict=True)
-        ]
-    )
-    none = np.asarray(~holds.any(0))
-    return np.where(none, len(shapes) - 1, holds.argmax(0)), none
 
 
 def _inside(origin: np.ndarray, frame_shape: tuple[int, ...], side: int) -> np.ndarray:

@@ -61,7 +61,6 @@ def read_maps(
     readout: str,
     threshold: float | None,
     max_targets: int,
-    batch_size: int | None,
 ) -> tuple[np.ndarray, Targets, np.ndarray]:
     """Maps of frames, the targets read out of them, and where slots were missing.
 
@@ -100,7 +99,7 @@ def read_maps(
         capacity=capacity,
         max_targets=max_targets,
     )
-    size = frames_per_block(y.shape[1:]) if batch_size is None else batch_size
+    size = frames_per_block(y.shape[1:])
     columns = (_batches(a, size) for a in (y, noise, scale, unit))
     parts = []
     for frames, level, peak, energy in zip(*columns, strict=True):

@@ -61,7 +61,7 @@ def main() -> None:
     weights = pretrained("csist_c3")
     device = jax.devices()[0].device_kind
     whole = median_seconds(
-        lambda: unmix(frames, method="grid", weights=weights, batch_size=args.batch).residual,
+        lambda: unmix(frames, method="grid", weights=weights, block=args.batch).residual,
         args.repeats,
     )
     print(

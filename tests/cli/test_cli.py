@@ -245,7 +245,7 @@ def test_pieces_keep_the_names_of_their_frames(
     monkeypatch.setattr(progress, "RUN", 2)
     frames = np.arange(8.0).reshape(8, 1, 1)
     stack = FrameStack(tuple("abcdefgh"), frames)
-    pieces = unmix._pieces(stack, Namespace(fit_psf=fit_psf, batch_size=3))
+    pieces = unmix._pieces(stack, Namespace(fit_psf=fit_psf, block=3))
     assert [piece.names for piece in pieces] == names
     np.testing.assert_array_equal(np.concatenate([piece.frames for piece in pieces]), frames)
 
@@ -347,7 +347,7 @@ def test_train_gives_weights_that_unmix_the_same_in_any_batches(
     assert weights == str(tmp_path / "run" / "weights.safetensors")
     found = []
     for size in ("20", "48"):
-        argv = ["unmix", str(stack), "--weights", weights, "--threshold=5", "--batch-size", size]
+        argv = ["unmix", str(stack), "--weights", weights, "--threshold=5", "--block", size]
         assert main([*argv, *GRID]) == 0
         found.append(rows_of(capsys.readouterr().out))
     assert len(found[0]) > 0

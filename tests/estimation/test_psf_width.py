@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.estimation.psf_width import fit_width
-from dscsnet_jax.estimation.solve import fitted, sampled_windows
+from dscsnet_jax.estimation.solve import sampled_windows, selected
+from dscsnet_jax.estimation.windows import flat
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, preset_prior
 from dscsnet_jax.physics import scene
@@ -37,20 +38,20 @@ def noisy() -> tuple[Observation, Targets]:
 def test_width_of_the_psf_is_recovered(noisy: tuple[Observation, Targets]) -> None:
     seen, truth = noisy
     wrong = KNOWN.replace(sigma=TRUE * np.float32(1.1))
-    found, targets = fit_width(seen, truth, wrong)
+    found, targets = fit_width(seen, flat(truth), wrong)
     assert found.sigma.shape == (2,)
     assert found.prior is KNOWN.prior
     factor = np.asarray(found.sigma, float) / TRUE
     np.testing.assert_allclose(factor[0], factor[1], rtol=1e-5)
     # The scores of the frames by the width, at its estimate, tell its standard error.
     widest = float(wrong.sigma.max() * np.exp(0.4))
-    parts, _ = fitted(seen, targets, found, num_free_slots=1, widest=widest)
+    parts = selected(seen, targets, found, compare=False, widest=widest)
     scores = np.concatenate(
         [
             sampled_windows(
-                w._replace(targets=f.targets), found, seed=0, width_slope=True
+                w._replace(targets=s.fit.targets), found, seed=0, width_slope=True
             ).width_slope
-            for w, f in parts
+            for w, s in parts
         ]
     ).astype(float)
     assert len(scores) == FRAMES
@@ -59,11 +60,11 @@ def test_width_of_the_psf_is_recovered(noisy: tuple[Observation, Targets]) -> No
     assert np.abs(np.log(factor)).max() < 3 * error
     # Where the slope of the evidence is zero, within what the chains tell of it.
     assert abs(scores.sum()) < 1 / error
-    right = np.asarray(targets.count) == truth.mask.sum(1)
+    right = np.bincount(targets.frame, minlength=FRAMES) == truth.mask.sum(1)
     assert right.mean() > 0.6
 
 
 def test_a_width_without_targets_is_refused(noisy: tuple[Observation, Targets]) -> None:
     blank = noisy[0].replace(counts=np.zeros_like(noisy[0].counts))
     with pytest.raises(ValueError, match="without targets"):
-        fit_width(blank, from_lists([[]] * FRAMES, 5), KNOWN)
+        fit_width(blank, flat(from_lists([[]] * FRAMES, 5)), KNOWN)

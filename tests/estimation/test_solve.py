@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dscsnet_jax.estimation import solve as solving
 from dscsnet_jax.estimation.solve import Solved, selected, solve
+from dscsnet_jax.estimation.windows import Windows, flat
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.inference.program import Selected
@@ -47,17 +48,17 @@ def seen(noisy: tuple[Targets, np.ndarray]) -> Observation:
 @pytest.fixture(scope="module")
 def fitted(noisy: tuple[Targets, np.ndarray], seen: Observation) -> Solved:
     """Counts as in truth, so that errors can be compared target by target."""
-    return solve(seen, noisy[0], KNOWN, max_targets=SLOTS, estimate="map", fixed_count=True)
+    return solve(seen, flat(noisy[0]), KNOWN, max_targets=SLOTS, estimate="map", fixed_count=True)
 
 
 @pytest.fixture(scope="module")
 def averaged(noisy: tuple[Targets, np.ndarray], seen: Observation) -> Solved:
-    return solve(seen, noisy[0], KNOWN, max_targets=SLOTS, fixed_count=True)
+    return solve(seen, flat(noisy[0]), KNOWN, max_targets=SLOTS, fixed_count=True)
 
 
 @pytest.fixture(scope="module")
 def counted(noisy: tuple[Targets, np.ndarray], seen: Observation) -> Solved:
-    return solve(seen, noisy[0], KNOWN, max_targets=SLOTS, estimate="map")
+    return solve(seen, flat(noisy[0]), KNOWN, max_targets=SLOTS, estimate="map")
 
 
 def squared_errors(answer: Solved, truth: Targets) -> np.ndarray:
@@ -176,7 +177,8 @@ def test_a_slice_of_the_frames_has_the_answers_of_the_whole(
     whole = request.getfixturevalue({"map": "counted", "mean": "averaged"}[how])
     some = slice(5, 20, 3)
     given = jax.tree.map(lambda a: np.asarray(a)[some], (seen, noisy[0]))
-    part = solve(*given, KNOWN, max_targets=SLOTS, estimate=how, fixed_count=how == "mean")
+    told = {"max_targets": SLOTS, "estimate": how, "fixed_count": how == "mean"}
+    part = solve(given[0], flat(given[1]), KNOWN, **told)
     assert_same(part, whole, some)
 
 
@@ -188,10 +190,10 @@ def test_noise_is_measured_where_no_target_is_left() -> None:
         scene.get_preset("csist_noise", read_noise=2.0),
         scene.frame_keys(2, "val", np.arange(FRAMES)),
     )
-    observation = jit_observe(made.frames, pedestal=4.0)
+    observation = jax.tree.map(np.asarray, jit_observe(made.frames, pedestal=4.0))
     answer = solve(
         observation,
-        made.targets,
+        flat(made.targets),
         KNOWN,
         max_targets=SLOTS,
         estimate="map",
@@ -228,7 +230,7 @@ def test_light_of_neighbouring_groups_is_told_and_not_taken_away(
 
     monkeypatch.setattr(solving, "_run", watched)
     known = Known(np.full(2, 0.5, np.float32), gain=np.float32(1))
-    start = from_lists([table] * FRAMES, SLOTS)
+    start = flat(from_lists([table] * FRAMES, SLOTS))
     answer = solve(observation, start, known, max_targets=SLOTS, estimate="map", fixed_count=True)
     (windows,) = given
     assert len(windows.counts) == 2 * FRAMES
@@ -266,7 +268,7 @@ def test_what_the_start_missed_is_found_in_any_number() -> None:
     frames = (clean + np.random.default_rng(5).normal(size=clean.shape)).astype("f4")
     observation = jax.tree.map(np.asarray, jit_observe(frames, noise=1.0, background=0.0))
     known = dataclasses.replace(KNOWN, prior=ScenePrior())
-    nothing = from_lists([[]] * 4, SLOTS)
+    nothing = flat(from_lists([[]] * 4, SLOTS))
     for greedy in (False, True):
         answer = solve(
             observation, nothing, known, max_targets=SLOTS, estimate="map", greedy=greedy
@@ -286,24 +288,28 @@ def test_every_frame_is_answered_by_its_windows_once(
     noisy: tuple[Targets, np.ndarray], seen: Observation
 ) -> None:
     """Frames that are done again replace what they had."""
-    blank = jax.tree.map(lambda a: np.zeros_like(a), noisy[0])
-    parts, crowded = selected(seen, blank, KNOWN, greedy=False, max_targets=SLOTS)
-    assert not crowded.any()
+    parts = selected(seen, flat(from_lists([[]] * FRAMES, 1)), KNOWN)
     frames = np.concatenate([w.frame for w, _ in parts])
     np.testing.assert_array_equal(np.sort(frames), np.arange(FRAMES))  # one cluster each
     for w, s in parts:
         assert len(w.frame) == len(s.log_evidence) == len(w.targets.mask)
+        assert not w.split.any()
+        assert not w.guest.any()
 
 
-def test_probabilities_of_groups_are_folded() -> None:
-    """Counts of independent windows add up; what is above the slots counts as the last."""
+def test_probabilities_of_groups_are_folded(seen: Observation) -> None:
+    """Counts of independent windows add up, without guests; what is above the slots is the last."""
 
-    def part(frame: list[int], chances: list[list[float]]) -> tuple[Any, Selected]:
+    def part(frame: list[int], chances: list[list[float]], number: int = 0) -> Any:
         with np.errstate(divide="ignore"):
             table = np.log(chances) - 1000.0
-        mask = np.zeros((len(frame), 2), bool)
-        fit = type("Fit", (), {"targets": Targets(np.zeros((*mask.shape, 2)), mask * 1.0, mask)})
-        window = type("Windows", (), {"frame": np.array(frame)})
+        mask = np.tile([number > 0, number > 1], (len(frame), 1))
+        place = np.tile([[0.0, 0.0], [3.0, 0.0]], (len(frame), 1, 1))
+        targets = Targets(place, mask * 1.0, mask)
+        fit = type("Fit", (), {"targets": targets})
+        guest = mask & [False, number > 1]
+        none = np.zeros(len(frame), bool)
+        window = Windows(np.array(frame), seen, targets, guest, none)
         return window, Selected(fit, table)  # type: ignore[arg-type]
 
     counted = [
@@ -313,6 +319,10 @@ def test_probabilities_of_groups_are_folded() -> None:
     got = solving._count_probability(counted, 4, 3)
     expected = [[0.025, 0.225, 0.075, 0.675], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
     np.testing.assert_allclose(got, expected, atol=1e-12)
+    # Of two targets the second is a guest: one target less, and never less than none.
+    shared = [part([1], [[0.2, 0.6, 0.2]], number=2)]
+    got = solving._count_probability(shared, 2, 3)
+    np.testing.assert_allclose(got, [[1, 0, 0, 0], [0.75, 0.25, 0, 0]], atol=1e-12)
 
 
 def test_chains_from_the_start_itself(
@@ -320,7 +330,8 @@ def test_chains_from_the_start_itself(
 ) -> None:
     """Where they forget it they find the same, by the errors of their means."""
     given = jax.tree.map(lambda a: a[:8], (seen, noisy[0]))
-    answer = solve(*given, KNOWN, max_targets=SLOTS, fixed_count=True, from_start=True)
+    told = {"max_targets": SLOTS, "fixed_count": True, "from_start": True}
+    answer = solve(given[0], flat(given[1]), KNOWN, **told)
     alone = np.asarray(answer.targets.count) <= 2
     assert alone.sum() >= 3
     there = np.asarray(answer.targets.mask) & alone[:, None]
@@ -337,15 +348,16 @@ def test_chains_from_the_start_itself(
 
 def test_no_targets_and_no_frames(seen: Observation) -> None:
     blank = dataclasses.replace(seen, counts=np.full_like(seen.counts, LEVEL))
-    none = from_lists([[]] * FRAMES, 2)
+    none = flat(from_lists([[]] * FRAMES, 2))
     answer = solve(blank, none, KNOWN, max_targets=SLOTS)
     assert answer.targets.count.tolist() == [0] * FRAMES
     np.testing.assert_array_equal(answer.count_probability, np.eye(SLOTS + 1)[[0] * FRAMES])
     assert not answer.source.any()
-    empty = jax.tree.map(lambda a: np.asarray(a)[:0], (blank, none))
-    assert solve(*empty, KNOWN, max_targets=SLOTS).targets.mask.shape == (0, SLOTS)
+    empty = jax.tree.map(lambda a: np.asarray(a)[:0], blank)
+    assert solve(empty, none, KNOWN, max_targets=SLOTS).targets.mask.shape == (0, SLOTS)
+    assert solve(empty, none, KNOWN).count_probability.shape[0] == 0
 
 
 def test_an_unknown_estimate_is_refused(seen: Observation, noisy: tuple) -> None:
     with pytest.raises(ValueError, match="unknown estimate 'mode'"):
-        solve(seen, noisy[0], KNOWN, max_targets=SLOTS, estimate="mode")
+        solve(seen, flat(noisy[0]), KNOWN, max_targets=SLOTS, estimate="mode")

@@ -29,8 +29,8 @@ BATCH = 8  # the network is compiled once: every set of frames is filled up to t
 PAIR = [(5.0, 4.6, 200.0), (5.3, 5.6, 150.0)]
 
 jit_render_wide = jax.jit(partial(render, frame_size=11, sigma=0.7))
-in_map = partial(unmix, estimate="map", batch_size=BATCH)
-on_grid = partial(unmix, method="grid", batch_size=BATCH)
+in_map = partial(unmix, estimate="map")
+on_grid = partial(unmix, method="grid")
 jit_render = jax.jit(partial(render, frame_size=11, sigma=0.5))
 
 
@@ -50,7 +50,7 @@ def csist() -> tuple[Targets, np.ndarray]:
 @pytest.fixture(scope="module")
 def averaged(csist: tuple[Targets, np.ndarray]) -> UnmixResult:
     """Posterior means of the first eight frames, all told of their scenes."""
-    return unmix(csist[1][:BATCH], **KNOWN, batch_size=BATCH)
+    return unmix(csist[1][:BATCH], **KNOWN)
 
 
 def assert_same(a: Any, b: Any, frames: Any = slice(None)) -> None:
@@ -145,17 +145,17 @@ def test_frames_do_not_depend_on_each_other(
 ) -> None:
     order = np.random.default_rng(0).permutation(BATCH)
     frames = csist[1][:BATCH]
-    turned = everything(unmix(frames[order], **KNOWN, batch_size=BATCH))
+    turned = everything(unmix(frames[order], **KNOWN))
     whole = everything(averaged)
     for name in whole:
         expected = jax.tree.map(lambda a: np.asarray(a)[order], whole[name])
         assert_same(turned[name], expected)
     others = csist[1][100:240]  # more windows than a block holds
-    more = everything(unmix(np.concatenate([others, frames]), **KNOWN, batch_size=BATCH))
+    more = everything(unmix(np.concatenate([others, frames]), **KNOWN))
     for name in whole:
         assert_same(jax.tree.map(lambda a: np.asarray(a)[len(others) :], more[name]), whole[name])
     some = slice(2, 7, 2)
-    part = everything(unmix(frames[some], **KNOWN, batch_size=BATCH))
+    part = everything(unmix(frames[some], **KNOWN))
     for name in whole:
         assert_same(part[name], jax.tree.map(lambda a: np.asarray(a)[some], whole[name]))
 
@@ -221,7 +221,7 @@ def test_row1_invalid_pixels_are_refused_or_flagged(
     frames[3, row, col + 1] = np.nan  # beside a target
     with pytest.raises(ValueError, match="frame 3"):
         unmix(frames, **KNOWN)
-    after = unmix(frames, **KNOWN, mask_invalid=True, batch_size=BATCH)
+    after = unmix(frames, **KNOWN, mask_invalid=True)
     assert after.invalid.tolist() == [i == 3 for i in range(BATCH)]
     others = [i for i in range(BATCH) if i != 3]
     ours, theirs = everything(after), everything(averaged)
@@ -367,7 +367,7 @@ def test_row21_another_psf() -> None:
 
 def test_row33_ragged_batches_score_every_frame(csist: tuple[Targets, np.ndarray]) -> None:
     frames = csist[1][:16]
-    whole, ragged = on_grid(frames), on_grid(frames, batch_size=11)
+    whole, ragged = on_grid(frames), on_grid(frames, block=11)
     assert ragged.targets.count.tolist() == whole.targets.count.tolist()
     np.testing.assert_allclose(ragged.targets.position, whole.targets.position, atol=1e-4)
 
@@ -468,7 +468,7 @@ def test_weights_by_path_and_unknown_choices(csist: tuple[Targets, np.ndarray]) 
         ("pedestal", np.inf),
         ("gain", -1.0),
         ("saturation", 0.0),
-        ("batch_size", 0),
+        ("block", 0),
         ("max_targets", 0),
     ],
 )

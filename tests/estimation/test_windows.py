@@ -1,21 +1,23 @@
 """Windows: groups are cut out whole, see nobody else, and come back where they were."""
 
 import dataclasses
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.special import erf
 
+from dscsnet_jax.estimation.groups import linked, nearest_distance
 from dscsnet_jax.estimation.windows import (
     Shape,
     Windows,
     exact_shapes,
     fit_shapes,
+    flat,
     frame_sources,
-    join,
-    linked,
-    nearest_distance,
+    gather,
+    own,
+    padded,
 )
 from dscsnet_jax.estimation.windows import cut as cut_by_width
 from dscsnet_jax.inference.observation import Observation
@@ -27,7 +29,15 @@ SIZE = (118, 60)
 SLOTS = 130  # one size of frames and slots for all tests: rendering is compiled once
 PEDESTAL, BACKGROUND = 3.0, 4.0
 LEVEL = PEDESTAL + BACKGROUND
-cut = partial(cut_by_width, sigma=WIDTH)
+
+
+def cut(observation: Observation, targets: Targets, *shapes: Any, **how: Any) -> list[Windows]:
+    return cut_by_width(observation, flat(targets), *shapes, sigma=WIDTH, **how)
+
+
+def joined(cuts: list[Windows], frames: int, slots: int | None) -> tuple[Targets, np.ndarray]:
+    answer, _, truncated = padded(*gather([(w, w.targets, ()) for w in cuts]), frames, slots)
+    return answer, truncated
 
 
 def sources(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -86,12 +96,12 @@ def scenes() -> tuple[Observation, Targets]:
 def assert_put_back(cuts: list[Windows], truth: Targets) -> None:
     number = truth.mask.shape[1]
     marks = [(w, w.targets, (w.targets.intensity * 2,)) for w in cuts]
-    joined, (doubled,), truncated = join(marks, len(truth.mask), number)
-    np.testing.assert_array_equal(joined.count, truth.count)
+    answer, (doubled,), truncated = padded(*gather(marks), len(truth.mask), number)
+    np.testing.assert_array_equal(answer.count, truth.count)
     np.testing.assert_array_equal(truncated, False)
-    for ours, theirs in zip(to_lists(joined), to_lists(truth), strict=True):
-        np.testing.assert_allclose(ours, theirs[np.argsort(-theirs[:, 2])], rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(doubled, 2 * np.asarray(joined.intensity))
+    for ours, theirs in zip(to_lists(answer), to_lists(truth), strict=True):
+        np.testing.assert_allclose(ours, theirs[np.argsort(-theirs[:, 2])], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(doubled, 2 * np.asarray(answer.intensity))
 
 
 def own_sources(w: Windows) -> np.ndarray:
@@ -116,12 +126,11 @@ def pixels_of(image: np.ndarray, w: Windows) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("shapes", "free"), [(fit_shapes(SIGMA), 1), (exact_shapes(SIGMA), 0)])
-def test_cut_and_join_is_the_identity(
+def test_what_is_cut_is_put_back(
     scenes: tuple[Observation, Targets], shapes: tuple[Shape, ...], free: int
 ) -> None:
     observation, truth = scenes
-    cuts, crowded = cut(observation, truth, shapes, num_free_slots=free)
-    assert not crowded.any()
+    cuts = cut(observation, truth, shapes, num_free_slots=free)
     assert_put_back(cuts, truth)
     for w in cuts:
         slots = w.targets.mask.shape[1]
@@ -143,7 +152,7 @@ def test_a_window_sees_the_pixels_of_its_frame_and_no_others(
         observation.saturated[:, 3] = True
         outside.append(0)
         assert observation.saturated.any()
-        for w in cut(observation, truth, fit_shapes(SIGMA))[0]:
+        for w in cut(observation, truth, fit_shapes(SIGMA)):
             for name in images:
                 expected = pixels_of(getattr(observation, name), w)
                 np.testing.assert_array_equal(getattr(w.observation, name), expected)
@@ -159,7 +168,7 @@ def test_numbers_of_a_frame_are_those_of_its_windows(scenes: tuple[Observation, 
     told = {
         name: 10 * i + np.arange(len(whole.counts), dtype="f4") for i, name in enumerate(names, 1)
     }
-    for w in cut(dataclasses.replace(whole, **told), truth, fit_shapes(SIGMA))[0]:
+    for w in cut(dataclasses.replace(whole, **told), truth, fit_shapes(SIGMA)):
         for name, value in told.items():
             np.testing.assert_array_equal(getattr(w.observation, name), value[w.frame])
 
@@ -167,7 +176,7 @@ def test_numbers_of_a_frame_are_those_of_its_windows(scenes: tuple[Observation, 
 def test_light_of_other_groups_goes_to_the_neighbours(scenes: tuple[Observation, Targets]) -> None:
     """Counts stay as recorded; with the own targets and the level the neighbours explain them."""
     whole, truth = scenes
-    for w in cut(whole, truth, fit_shapes(SIGMA))[0]:
+    for w in cut(whole, truth, fit_shapes(SIGMA)):
         seen = w.observation
         np.testing.assert_array_equal(seen.counts, pixels_of(whole.counts, w))
         explained = LEVEL + own_sources(w) + seen.neighbours
@@ -184,9 +193,8 @@ def test_what_leaks_in_from_neighbours_is_told(gap: float, number: int, leak: fl
     rows, cols = np.divmod(np.arange(number), int(number**0.5))
     table = np.column_stack([4.1 + gap * rows, 4.3 + gap * cols, np.linspace(100, 300, number)])
     observation, truth = scene([table])
-    cuts, crowded = cut(observation, truth, fit_shapes(SIGMA), num_free_slots=1)
-    assert not crowded.any()
-    assert sum(len(w.frame) for w in cuts) == number
+    cuts = cut(observation, truth, fit_shapes(SIGMA), num_free_slots=1)
+    assert sum(own(w, w.targets).sum() for w in cuts) == number
     assert_put_back(cuts, truth)
     leaked = 0.0
     for w in cuts:
@@ -202,43 +210,59 @@ def test_targets_are_grouped_by_the_widest_psf() -> None:
     """Evidences of several widths compare over the same windows only."""
     observation, truth = scene([[(5.0, 5.0, 200.0), (5.0, 8.6, 200.0)]])
     narrow, wide = (
-        sum(len(w.frame) for w in cut(observation, truth, fit_shapes(0.7), widest=widest)[0])
+        sum(len(w.frame) for w in cut(observation, truth, fit_shapes(0.7), widest=widest))
         for widest in (None, 0.7)
     )
     assert (narrow, wide) == (2, 1)
 
 
 @pytest.mark.parametrize("free", [0, 1])
-def test_row12_groups_too_crowded_are_flagged_and_keep_their_brightest(free: int) -> None:
+def test_row12_groups_that_no_window_holds_are_split(free: int) -> None:
+    """Each target is of one part only; its nearest ones are guests there."""
     rng = np.random.default_rng(2)
     dense = np.column_stack([5 + rng.uniform(0, 0.3, (30, 2)), rng.permutation(30) + 100.0])
-    observation, truth = scene([[(5.0, 5.0, 90.0)], dense, [(2.0, 8.0, 90.0)]])
-    cuts, crowded = cut(observation, truth, fit_shapes(SIGMA), num_free_slots=free)
-    assert crowded.tolist() == [False, True, False]
-    joined, _, _ = join([(w, w.targets, ()) for w in cuts], 3, 30)
-    assert joined.count.tolist() == [1, 24 - free, 1]
-    kept = np.asarray(joined.intensity)[1, : 24 - free]
-    np.testing.assert_array_equal(kept, np.arange(129, 105 + free, -1))
+    line = np.column_stack([20 + 0.7 * np.arange(13), np.full(13, 9.0), np.full(13, 90.0)])
+    tables = [[(5.0, 5.0, 90.0)], dense, [(2.0, 8.0, 90.0), *line]]
+    observation, truth = scene([*tables, []])
+    shapes = fit_shapes(SIGMA)
+    cuts = cut(observation, truth, shapes, num_free_slots=free)
+    assert_put_back(cuts, truth)
+    split = np.concatenate([w.frame[w.split] for w in cuts])
+    assert np.bincount(split).tolist() == [0, 8, 3]
+    for w in cuts:
+        mine, there = own(w, w.targets), np.asarray(w.targets.mask)
+        np.testing.assert_array_equal(w.guest, there & ~mine)
+        assert (w.guest.any(1) == w.split).all()
+        assert (there.sum(1) + free <= there.shape[1]).all()
+        assert mine[w.split].sum(1).max(initial=0) <= (shapes[-1].slots - free + 1) // 2
+    # Of the line, the parts' ends are nearest to each other.
+    for w in cuts:
+        for number in np.flatnonzero(w.split & (w.frame == 2)):
+            rows = np.asarray(w.targets.position)[number, :, 0]
+            mine, guest = rows[own(w, w.targets)[number]], rows[w.guest[number]]
+            assert np.abs(guest[:, None] - mine).min(1).max() < 4 * SIGMA + 1
 
 
-def test_row12_join_keeps_the_brightest_and_says_so() -> None:
+def test_row12_answers_of_too_few_slots_keep_the_brightest_and_say_so() -> None:
     pair = scene([[(3, 3, 90.0), (3, 9, 110.0), (9, 3, 100.0)], [(5.0, 5.0, 90.0)]])
-    cuts, _ = cut(*pair, fit_shapes(SIGMA))
-    joined, _, truncated = join([(w, w.targets, ()) for w in cuts], 2, 2)
+    cuts = cut(*pair, fit_shapes(SIGMA))
+    answer, truncated = joined(cuts, 2, 2)
     assert truncated.tolist() == [True, False]
-    assert np.asarray(joined.intensity).tolist() == [[110.0, 100.0], [90.0, 0.0]]
+    assert np.asarray(answer.intensity).tolist() == [[110.0, 100.0], [90.0, 0.0]]
+    # Not told: as many as there are, and some.
+    answer, truncated = joined(cuts, 2, None)
+    assert answer.mask.shape == (2, 16)
+    assert truncated.tolist() == [False, False]
+    assert answer.count.tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("frames", [0, 2])
 def test_no_frames_and_no_targets_give_no_windows(frames: int) -> None:
     observation, none = scene([[]] * frames)
-    cuts, crowded = cut(observation, none, fit_shapes(SIGMA), num_free_slots=1)
-    assert cuts == []
-    assert crowded.tolist() == [False] * frames
-    joined, values, truncated = join([], frames, 4)
-    assert joined.position.shape == (frames, 4, 2)
-    assert not joined.mask.any()
-    assert values == []
+    assert cut(observation, none, fit_shapes(SIGMA), num_free_slots=1) == []
+    answer, truncated = joined([], frames, 4)
+    assert answer.position.shape == (frames, 4, 2)
+    assert not answer.mask.any()
     assert truncated.tolist() == [False] * frames
     assert frame_sources(none, WIDTH, observation.counts).shape == (frames, *SIZE)
 
@@ -247,7 +271,7 @@ def test_a_group_alone_has_no_neighbours_to_the_bit() -> None:
     rng = np.random.default_rng(3)
     observation, truth = scene([[(5.2, 5.4, 240.0), (5.6, 4.9, 230.0)]])
     noisy = observation.counts + rng.normal(size=(1, *SIZE)).astype("f4")
-    (w,), _ = cut(observation.replace(counts=noisy), truth, fit_shapes(SIGMA))
+    (w,) = cut(observation.replace(counts=noisy), truth, fit_shapes(SIGMA))
     np.testing.assert_array_equal(w.observation.counts, pixels_of(noisy, w))
     assert not w.observation.neighbours.any()
 

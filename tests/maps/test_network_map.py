@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.estimation import start
+from dscsnet_jax.estimation.windows import flat, padded
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Metadata, Weights, geometry_of
@@ -22,7 +23,7 @@ SIDE, WINDOW = 9, 7
 BACKGROUND, SIGMA, THRESHOLD = 10.0, 0.5, 40.0  # counts, pixels, counts
 TABLES = [[(2.1, 1.8, 240.0), (6.0, 6.7, 180.0)], [], [(4.0, 4.3, 220.0)]]
 KNOWN = Known(sigma=np.full(2, SIGMA, np.float32))
-SETTINGS: dict[str, Any] = {"threshold": THRESHOLD, "max_targets": 4, "batch_size": 8}
+SETTINGS: dict[str, Any] = {"threshold": THRESHOLD, "max_targets": 4}
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -65,8 +66,9 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def read_windows(side: int, weights: Weights) -> tuple[Targets, np.ndarray]:
-    return start.read_windows(seen(side), weights, KNOWN, **SETTINGS)
+def read_windows(side: int, weights: Weights) -> Targets:
+    found = start.read_windows(seen(side), weights, KNOWN, **SETTINGS)
+    return padded(found, [], len(TABLES), SETTINGS["max_targets"])[0]
 
 
 def by_hand(weights: Weights, counts: np.ndarray, max_targets: int) -> Readout:
@@ -94,19 +96,18 @@ def test_bound_networks_see_whole_frames(
     sides: list[tuple[int, ...]], name: str, config: dict[str, Any]
 ) -> None:
     weights = weights_of(name, **config)
-    found, over = read_windows(SIDE, weights)
-    expected = by_hand(weights, seen(SIDE).counts, max_targets=4)
+    found = read_windows(SIDE, weights)
+    expected = padded(flat(by_hand(weights, seen(SIDE).counts, max_targets=4).targets), [], 3, 4)[0]
     assert sides == [(SIDE, SIDE)]
-    assert expected.targets.count[0] >= 2
-    np.testing.assert_array_equal(found.mask, expected.targets.mask)
-    np.testing.assert_allclose(found.position, expected.targets.position, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(found.intensity, expected.targets.intensity, rtol=1e-4)
-    np.testing.assert_array_equal(over, expected.truncated)
+    assert expected.count[0] >= 2
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_allclose(found.position, expected.position, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(found.intensity, expected.intensity, rtol=1e-4)
 
 
 def test_networks_for_any_frame_see_windows(sides: list[tuple[int, ...]]) -> None:
     weights = weights_of("ista_net_plus", iterations=1, channels=2)
-    found, _ = read_windows(40, weights)
+    found = read_windows(40, weights)
     assert set(sides) == {(WINDOW, WINDOW)}
     # The last frame's target is the only one of a window that begins at pixel (1, 1).
     pixels = seen(40).counts[2:, 1 : 1 + WINDOW, 1 : 1 + WINDOW]
