@@ -36,7 +36,7 @@ from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.physics.targets import Targets
 
 _SEARCHES = 3  # for targets that the start had missed, and for room
-_SWEEPS = 12  # over the parts of groups that no window holds
+_SWEEPS = 60  # most over the parts of groups that no window holds
 _NONE = np.zeros(0, int)
 _SETTLED = 0.05  # noise by which neighbours' light may still change
 
@@ -171,7 +171,8 @@ def selected(
     """Fits of windows with their counts selected.
 
     Groups that lack targets or slots are done again, and so are those that were split, until
-    the light that their parts tell each other has settled.
+    the light that their parts tell each other has settled: at first with other counts, then
+    with their own, and at last with others once more.
 
     Args:
       observation: B whole frames, NumPy arrays.
@@ -189,15 +190,18 @@ def selected(
     cut = partial(windows.cut, shapes=windows.fit_shapes(reach), sigma=known.sigma, widest=widest)
     light = partial(windows.light_of, sigma=known.sigma, like=observation.counts)
     todo = windows.together(start, _missed(observation, start, known)) if compare else start
+    run = partial(_run, partial(_select, only_add=greedy))
     done: Counted = []
-    for number in range(sweeps):
+    last = False
+    for number in range(sweeps + 1):
         kept = gathered(done)
         before = light(windows.together(todo, kept))
         cuts = cut(observation, todo, num_free_slots=1, others=kept)
-        done += [(w, _run(partial(_select, only_add=greedy), w, known, compare)) for w in cuts]
-        found = gathered(done)
-        if not done or number == sweeps - 1:
+        comparing = compare and (number < _SEARCHES or last)
+        done += [(w, run(w, known, comparing)) for w in cuts]
+        if last or not done:
             break
+        found = gathered(done)
         searching = compare and number < _SEARCHES - 1
         missed = _missed(observation, found, known) if searching else take_rows(found, _NONE)
         change = np.abs(light(found) - before)
@@ -210,8 +214,12 @@ def selected(
         first, of_found, of_missed = np.split(group, np.cumsum([len(window), len(found.frame)]))
         again = np.zeros(len(group), bool)
         again[first[unfinished[window]]] = again[of_missed] = True
-        if not again.any():
-            break
+        if number == sweeps - 1 or not again.any():
+            last = True  # once more with other counts, where parts were only fitted since
+            again[:] = False
+            again[first[np.concatenate([_only_fitted(w, s) for w, s in done])[window]]] = compare
+            if not again.any():
+                break
         todo = windows.together(take_rows(found, np.flatnonzero(again[of_found])), missed)
         settled = np.ones(len(unfinished), bool)
         settled[window[again[first]]] = False
@@ -225,6 +233,11 @@ def _unfinished(w: Windows, s: Selected, change: np.ndarray, searching: bool) ->
     """(W,) bool: no slot is left to add another target, or the other parts' light has changed."""
     full = np.asarray(s.fit.targets.mask).all(1) & searching
     return full | (w.split & (windows.highest(w, change) > _SETTLED * w.observation.noise))
+
+
+def _only_fitted(w: Windows, s: Selected) -> np.ndarray:
+    """(W,) bool: a part of a group, not compared with other counts."""
+    return w.split & (np.isfinite(s.log_evidence).sum(1) == 1)
 
 
 def _starts(done: Counted) -> tuple[Flat, np.ndarray]:

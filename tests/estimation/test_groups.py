@@ -75,9 +75,7 @@ def test_row12_more_targets_that_touch_than_a_window_holds_are_all_found(table: 
     there = np.asarray(answer.targets.mask)[0]
     assert there.sum() == len(table)
     assert answer.crowded[0, there].all()
-    # Around a ring all may have moved along together, which no part can undo: then it is said.
-    explained = {"crowded"} if table is LINE else {"crowded", "crowded|unexplained"}
-    assert set(answer.status()[0, there].tolist()) <= explained
+    assert set(answer.status()[0, there].tolist()) == {"crowded"}
     assert not answer.truncated.any()
     place = np.asarray(answer.targets.position)[0, there]
     distance = np.linalg.norm(place[:, None] - table[:, :2], axis=-1)
