@@ -4,7 +4,8 @@ Metropolis chains, several a window, started around the fit. Their steps have th
 covariance at first, then more and more that of the samples so far (an adaptation that dies out:
 Haario, Saksman and Tamminen 2001); their length is tuned in a burn-in. The maximum is a poor
 answer where the posterior is broad or cut off by the prior; its mean has the least squared
-error, and its spread is the error. Windows whose chains disagree go on for longer turns.
+error, and its spread is the error. Windows whose chains disagree go on: with every turn they have run
+twice as long, and keep every other sample.
 
 Windows run along the last axis, the vector lanes of the processor. They share uniform random
 numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
@@ -42,10 +43,10 @@ from dscsnet_jax.physics.targets import Targets
 NUM_CHAINS = 4
 NUM_BURN_IN = 16
 NUM_SAMPLES = 64
-THINNING = 24
+THINNING = 12
 _ACCEPTANCE = 0.15
 _PIECE = 32  # windows that run together
-_TIMES = (1, 2, 4, 8)  # as many steps in each turn of a window whose chains disagree
+_TIMES = (1, 1, 2, 4, 8)  # as many steps a sample in each turn of a window whose chains disagree
 NUM_TURNS = len(_TIMES)
 _RIDGE = 1e-4  # of samples that are all alike
 _FIRST_WEIGHT, _LEARN_EVERY = 8.0, 4  # samples that the covariance of the fit is worth; rounds
@@ -111,7 +112,8 @@ def sample(
         )
     start = jax.tree.map(jnp.asarray, start)
     length, size = start.mask.shape[0], min(_PIECE, start.mask.shape[0])
-    given = windows, start, begin(windows, start, known, key, num_chains=num_chains)
+    numbers = {"num_chains": num_chains, "num_samples": num_samples}
+    given = windows, start, begin(windows, start, known, key, **numbers)
     run = partial(
         turn,
         known=known,
@@ -148,12 +150,14 @@ class Chains(NamedTuple):
       fitted: (B, 3K+1) the fit, by which targets are numbered.
       root: (B, 3K+1, 3K+1) root of the covariance that shapes a step of all parameters.
       log_length: (B,) of the steps.
+      samples: (B, S, 3K+1, chains) of all turns so far, evenly thinned.
     """
 
     theta: jax.Array
     fitted: jax.Array
     root: jax.Array
     log_length: jax.Array
+    samples: jax.Array
 
 
 class _Loop(NamedTuple):
@@ -202,6 +206,7 @@ def begin(
     key: jax.Array,
     *,
     num_chains: int = NUM_CHAINS,
+    num_samples: int = NUM_SAMPLES,
 ) -> Chains:
     """Chains spread around the start as far as the fit is uncertain. Arguments as of `sample`."""
     keys = _streams(key, windows)
@@ -215,7 +220,8 @@ def begin(
     fitted, root, length = from_lanes((fitted, root, length))
     off = jnp.einsum("bpq,bcq->bcp", root, jax.vmap(draw)(keys), precision="highest")
     theta = fitted[:, None] + length[:, None, None] * off
-    return Chains(theta, fitted, root, jnp.log(length))
+    none = jnp.zeros((len(theta), num_samples, theta.shape[2], num_chains), theta.dtype)
+    return Chains(theta, fitted, root, jnp.log(length), none)
 
 
 def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
@@ -359,12 +365,15 @@ def turn(
     state = _State(theta, first, places, chains.log_length, root[:, :, 0], fitted[:, 0], covariance)
     rounds = jnp.arange(num_burn_in + num_samples, dtype=jnp.int32)
     state, kept = jax.lax.scan(one_round, state, rounds)
-    samples, rate, slopes = (a[num_burn_in:] for a in kept)
+    new, rate, slopes = (a[num_burn_in:] for a in kept)
+    both = jnp.concatenate([to_lanes(chains.samples)[::2][: num_samples // 2], new[::-2][::-1]])
+    samples = jnp.where(jnp.asarray(number) == 0, new, both)
     table = jnp.moveaxis(samples[:, :-1], 2, 1)  # (S, chains, 3K, L)
     table = table.reshape(*table.shape[:2], -1, 3, table.shape[-1])
     flat = table.reshape(-1, *table.shape[2:])
     flat = sorted_out(flat, fitted[:-1, 0].reshape(flat.shape[1:]), mask[:, 0])
     answer = summarise(flat.reshape(table.shape), model, rate.mean(0), slopes.mean((0, 1)))
+    chains = chains._replace(samples=from_lanes(samples))
     flat = flat.reshape(len(flat), -1, flat.shape[-1])
     flat = jnp.concatenate([flat, samples[:, -1].reshape(len(flat), 1, -1)], 1)
     return answer, _adapted(chains, flat, state.log_length, start.mask)
