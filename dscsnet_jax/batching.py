@@ -65,15 +65,16 @@ def frames_per_block(shape: tuple[int, ...]) -> int:
     return int(np.clip(_here(_PIXELS) // pixels, 1, _told.get() or _here(_FRAMES)))
 
 
-def windows_per_block() -> int:
-    """Windows that go into a block, whatever their number.
+def windows_per_block(*, of_chains: bool = False) -> int:
+    """Windows that go into a block, whatever their number; half as many where each has chains.
 
     Example:
       >>> with block_of(5):
       ...     windows_per_block()
       5
     """
-    return _told.get() or _here(_WINDOWS)
+    width = _told.get() or _here(_WINDOWS)
+    return -(-width // 2) if of_chains else width
 
 
 def _here(values: tuple[int, int]) -> int:

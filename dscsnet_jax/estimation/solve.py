@@ -283,10 +283,12 @@ def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = 
     told = known, np.uint32(seed)
     run = partial(_turn, width_slope=width_slope)
     todo = np.arange(len(w.frame))
-    chains = _run(_begin, w, *told)
+    run_chains = partial(_run, of_chains=True)
+    chains = run_chains(_begin, w, *told)
     answer: Any = None
     for number in range(sampler.NUM_TURNS):
-        new, chains = _run(run, take_rows(w, todo), *told, np.int32(number), more=chains)
+        some = take_rows(w, todo)
+        new, chains = run_chains(run, some, *told, np.int32(number), more=chains)
         answer = new if answer is None else put_rows(answer, todo, new)
         on = np.flatnonzero(~new.converged)
         todo, chains = todo[on], take_rows(chains, on)
@@ -295,13 +297,15 @@ def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = 
     return answer
 
 
-def _run(function: Callable[..., Any], w: Windows, *shared: Any, more: Any = ()) -> Any:
+def _run(
+    function: Callable[..., Any], w: Windows, *shared: Any, more: Any = (), of_chains: bool = False
+) -> Any:
     """`function((windows, targets, more), *shared)`; blocks are filled up with empty windows.
 
     Those are quickly done: there is nothing to see, nor to doubt.
     """
     number = len(w.targets.mask)
-    size = windows_per_block()
+    size = windows_per_block(of_chains=of_chains)
     index = np.arange(-(-number // size) * size)
     there = index < number
     seen, targets, more = take_rows((w.observation, w.targets, more), np.where(there, index, 0))

@@ -31,31 +31,33 @@ def kind_of(u: jax.Array) -> jax.Array:
 def propose(
     theta: jax.Array,
     root: jax.Array,
+    length: jax.Array,
     model: SceneModel,
     fitted: jax.Array,
     kind: jax.Array,
     u: jax.Array,
 ) -> jax.Array:
-    """A symmetric proposal (3K+1, chains, L) of one kind, from uniform numbers.
+    """A symmetric proposal (3K+1, 1, C) of one kind, from uniform numbers.
 
     All parameters at once; the cluster rotated or reflected about its centre of energy, which
     makes blends that look alike; the intensities of two targets exchanged; one target over
     lengths of many scales; two targets with their centre of energy held.
 
     Args:
-      theta: (3K+1, chains, L) places.
-      root: (3K+1, 3K+1, L) of the covariance of a step of all parameters.
-      model: of L windows, (..., 1, L).
-      fitted: (3K+1, 1, L) the fit, by which targets are numbered.
+      theta: (3K+1, 1, C) places of C chains.
+      root: (3K+1, 3K+1, 1, C) of the covariance of a step of all parameters.
+      length: (1, C) of such a step.
+      model: of each chain's window, (..., 1, C).
+      fitted: (3K+1, 1, C) the fit, by which targets are numbered.
       kind: which move, see `kind_of`.
-      u: (3K+1 + `NUM_FURTHER`, chains, L) uniform numbers.
+      u: (3K+1 + `NUM_FURTHER`, 1, C) uniform numbers.
     """
     mask, size = model.mask, theta.shape[0]
     centred = (u[:size] - 0.5) * 12**0.5
 
     def walk() -> jax.Array:
-        stride = sum_of(root[:, q, None] * centred[q][None] for q in range(size))
-        return theta + stride
+        stride = sum_of(root[:, q] * centred[q][None] for q in range(size))
+        return theta + length * stride
 
     def rotate() -> jax.Array:
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
@@ -89,7 +91,7 @@ def propose(
 
 
 def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:
-    """(K, chains, L) bool: one of the targets present, by a uniform number."""
+    """(K, 1, C) bool: one of the targets present, by a uniform number."""
     index = jnp.floor(u * mask.sum(0))
     return mask & (jnp.cumsum(mask, axis=0) - 1 == index)
 

@@ -7,8 +7,8 @@ answer where the posterior is broad or cut off by the prior; its mean has the le
 error, and its spread is the error. Windows whose chains disagree go on: with every turn they have run
 twice as long, and keep every other sample.
 
-Windows run along the last axis, the vector lanes of the processor. They share uniform random
-numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
+Chains of all windows run along the last axis, the vector lanes of the processor. Windows share
+uniform random numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
 every round from the key and a hash of its recorded pixels: every stream is a proper
 one, the streams of two windows are independent, and no answer depends on its neighbours.
 """
@@ -43,10 +43,10 @@ from dscsnet_jax.physics.targets import Targets
 NUM_CHAINS = 4
 NUM_BURN_IN = 16
 NUM_SAMPLES = 64
-THINNING = 12
+THINNING = 6
 _ACCEPTANCE = 0.15
 _PIECE = 32  # windows that run together
-_TIMES = (1, 1, 2, 4, 8)  # as many steps a sample in each turn of a window whose chains disagree
+_TIMES = (1, 1, 2, 4)  # as many steps a sample in each turn of a window whose chains disagree
 NUM_TURNS = len(_TIMES)
 _RIDGE = 1e-4  # of samples that are all alike
 _FIRST_WEIGHT, _LEARN_EVERY = 8.0, 4  # samples that the covariance of the fit is worth; rounds
@@ -79,7 +79,7 @@ def sample(
       num_chains: per window, at least 2.
       num_burn_in: rounds before, for the chains to forget their start.
       num_samples: rounds that are kept, one sample each, of every chain.
-      thinning: steps of a round.
+      thinning: steps of a round, for each slot of a window.
       width_slope: compute `Posterior.width_slope`.
 
     Returns:
@@ -171,9 +171,9 @@ class _Loop(NamedTuple):
 class _State(NamedTuple):
     """Where chains stand and how they step.
 
-    Places (3K+1, chains, L), log density there and that of the places against joint draws; of
-    the steps log length (L,) and root of the covariance (3K+1, 3K+1, L); mean (3K+1, L) and
-    covariance of the places so far.
+    Places (3K+1, 1, C) of the chains of all windows, log density there and that of the places
+    against joint draws; of the steps log length (1, C) and root of the covariance (3K+1, 3K+1, 1,
+    C); of L windows mean (3K+1, L) and covariance of the places so far.
     """
 
     theta: jax.Array
@@ -275,12 +275,22 @@ def turn(
     """
     shared, keys = jax.random.fold_in(key, 1), _streams(key, windows)
     times = jnp.asarray(_TIMES, jnp.int32)[number]
-    lanes = partial(jax.tree.map, lambda a: to_lanes(a)[..., None, :])
+    num_windows, num_chains, size = chains.theta.shape
+    thinning *= start.mask.shape[1]  # a walk's samples are alike for as long as it has parameters
+
+    def tiled(a: jax.Array) -> jax.Array:
+        """Values (..., L) of windows for each of their chains, (..., 1, C)."""
+        return jnp.tile(a, num_chains)[..., None, :]
+
+    def by_window(a: jax.Array) -> jax.Array:
+        """Values (..., 1, C) of chains as (..., chains, L)."""
+        return a.reshape(*a.shape[:-2], num_chains, num_windows)
+
+    lanes = partial(jax.tree.map, lambda a: tiled(to_lanes(a)))
     mask = lanes(start.mask)
     model = scene_model(lanes(windows), mask, known, softness=HARD, uniform=True)
-    fitted, root = lanes((chains.fitted, chains.root))
-    theta = jnp.moveaxis(chains.theta, 0, -1).swapaxes(0, 1)  # (3K+1, chains, L)
-    size, num_chains, _ = theta.shape
+    fitted = lanes(chains.fitted)
+    theta = jnp.moveaxis(chains.theta, -1, 0).swapaxes(1, 2).reshape(size, 1, -1)
     sequential = known.prior.places == "sequential" and known.prior.cluster_size is not None
 
     def density(theta: jax.Array) -> jax.Array:
@@ -289,7 +299,7 @@ def turn(
         return jnp.where(is_numbered(theta, fitted, mask), total, -jnp.inf)
 
     def slope(theta: jax.Array) -> jax.Array:
-        """Derivative of the log likelihood (chains, L) by the logarithm of the PSF's width."""
+        """Derivative of the log likelihood (1, C) by the logarithm of the PSF's width."""
         if not width_slope:
             return jnp.zeros(theta.shape[1:], theta.dtype)
 
@@ -307,20 +317,20 @@ def turn(
         own = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, number), round_))(keys)
         draw = partial(jax.random.uniform, dtype=theta.dtype)
         numbers = (size + NUM_FURTHER + 2, num_chains)
-        shift = jnp.moveaxis(jax.vmap(partial(draw, shape=numbers))(own), 0, -1)
+        shift = to_lanes(jax.vmap(partial(draw, shape=numbers))(own)).reshape(numbers[0], 1, -1)
         learning = jnp.where(round_ < num_burn_in, jax.lax.rsqrt(1 + round_.astype(theta.dtype)), 0)
 
         def step(carry: tuple[_State, jax.Array], drawn: jax.Array) -> tuple[tuple, None]:
             state, taken = carry
-            kind = kind_of(drawn[0, 0])
-            u = drawn[1:, :, None] + shift
+            kind = kind_of(drawn[0, 0, 0])
+            u = drawn[1:] + shift
             u = u - (u >= 1)
-            root = jnp.exp(state.log_length) * state.root
-            proposed = propose(state.theta, root, model, fitted, kind, u)
+            shape = state.root, jnp.exp(state.log_length)
+            proposed = propose(state.theta, *shape, model, fitted, kind, u)
             new = density(proposed)
             share = jnp.where(new > -jnp.inf, jnp.exp(jnp.minimum(new - state.density, 0)), 0)
             accepted = u[-1] < share
-            rate = share.mean(0)
+            rate = jnp.tile(by_window(share).mean(0), num_chains)[None]
             tune = jnp.where(kind == WALK, learning, 0) * (rate - _ACCEPTANCE)
             moved = state._replace(
                 theta=jnp.where(accepted, proposed, state.theta),
@@ -331,6 +341,7 @@ def turn(
 
         def steps(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
             drawn = draw(jax.random.fold_in(key, i), (thinning, 1 + numbers[0], num_chains))
+            drawn = jnp.repeat(drawn, num_windows, axis=-1)[:, :, None]
             return jax.lax.scan(step, carry, drawn)[0]
 
         taken = jnp.zeros_like(state.log_length)
@@ -349,48 +360,60 @@ def turn(
     def learned(state: _State, round_: jax.Array) -> _State:
         """The covariance of the places so far shapes the steps."""
         weight = _FIRST_WEIGHT + num_chains * (round_ + 1).astype(theta.dtype)
-        off = state.theta - state.mean[:, None]
+        places = by_window(state.theta)
+        off = places - state.mean[:, None]
         mean = state.mean + off.sum(1) / weight
-        square = (off[:, None] * (state.theta - mean[:, None])[None]).sum(2)
+        square = (off[:, None] * (places - mean[:, None])[None]).sum(2)
         covariance = state.covariance + (square - num_chains * state.covariance) / weight
         state = state._replace(mean=mean, covariance=covariance)
         again = (round_ + 1) % _LEARN_EVERY == 0
-        root = partial(_roots, covariance, mask)
-        return state._replace(root=jax.lax.cond(again, root, lambda: state.root))
+        return state._replace(
+            root=jax.lax.cond(
+                again, lambda: tiled(_roots(covariance, own_mask)), lambda: state.root
+            )
+        )
 
+    own_mask, centre, root, log_length = to_lanes(
+        (start.mask, chains.fitted, chains.root, chains.log_length)
+    )
     theta = numbered(theta, fitted, mask)
-    covariance = jnp.einsum("pql,rql->prl", root[:, :, 0], root[:, :, 0], precision="highest")
+    covariance = jnp.einsum("pql,rql->prl", root, root, precision="highest")
     first = density(theta)
     places = model.log_places(theta) if sequential else jnp.zeros_like(first)
-    state = _State(theta, first, places, chains.log_length, root[:, :, 0], fitted[:, 0], covariance)
+    shape = tiled(log_length), tiled(root)
+    state = _State(theta, first, places, *shape, centre, covariance)
     rounds = jnp.arange(num_burn_in + num_samples, dtype=jnp.int32)
     state, kept = jax.lax.scan(one_round, state, rounds)
-    new, rate, slopes = (a[num_burn_in:] for a in kept)
+    new, rate, slopes = (by_window(a[num_burn_in:]) for a in kept)
     both = jnp.concatenate([to_lanes(chains.samples)[::2][: num_samples // 2], new[::-2][::-1]])
     samples = jnp.where(jnp.asarray(number) == 0, new, both)
     table = jnp.moveaxis(samples[:, :-1], 2, 1)  # (S, chains, 3K, L)
     table = table.reshape(*table.shape[:2], -1, 3, table.shape[-1])
     flat = table.reshape(-1, *table.shape[2:])
-    flat = sorted_out(flat, fitted[:-1, 0].reshape(flat.shape[1:]), mask[:, 0])
-    answer = summarise(flat.reshape(table.shape), model, rate.mean(0), slopes.mean((0, 1)))
+    flat = sorted_out(flat, centre[:-1].reshape(flat.shape[1:]), own_mask)
+    acceptance, width_slope = rate.mean((0, 1)), slopes.mean((0, 1))
+    of_windows = jax.tree.map(lambda a: to_lanes(a)[..., None, :], (windows, start.mask))
+    model = scene_model(*of_windows, known, softness=HARD, uniform=True)
+    answer = summarise(flat.reshape(table.shape), model, acceptance, width_slope)
     chains = chains._replace(samples=from_lanes(samples))
     flat = flat.reshape(len(flat), -1, flat.shape[-1])
     flat = jnp.concatenate([flat, samples[:, -1].reshape(len(flat), 1, -1)], 1)
-    return answer, _adapted(chains, flat, state.log_length, start.mask)
+    log_length = from_lanes(by_window(state.log_length)[0])
+    return answer, _adapted(chains, flat, log_length, start.mask)
 
 
 def _adapted(chains: Chains, samples: jax.Array, log_length: jax.Array, mask: jax.Array) -> Chains:
     """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
     off = samples - samples.mean(0)
     covariance = jnp.einsum("spl,sql->pql", off, off, precision="highest") / len(samples)
-    root = _roots(covariance, mask.T[:, None])
+    root = _roots(covariance, mask.T)
     theta, root = from_lanes((samples[-chains.theta.shape[1] :], root))
     return chains._replace(theta=theta, root=root, log_length=log_length)
 
 
 def _roots(covariance: jax.Array, mask: jax.Array) -> jax.Array:
     """(3K+1, 3K+1, L) roots of covariances, slightly drawn to their diagonals."""
-    unit, scale = scaled(covariance, present_of(mask[:, 0]))
+    unit, scale = scaled(covariance, present_of(mask))
     wide = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     ridge = spd.diagonal_matrix(jnp.full_like(scale, _RIDGE))
     return spd.cholesky((unit + ridge) / (1 + _RIDGE)) * wide[:, None]
