@@ -4,13 +4,13 @@ Metropolis chains, several a window, started around the fit. Their steps have th
 covariance at first, then more and more that of the samples so far (an adaptation that dies out:
 Haario, Saksman and Tamminen 2001); their length is tuned in a burn-in. The maximum is a poor
 answer where the posterior is broad or cut off by the prior; its mean has the least squared
-error, and its spread is the error. Windows whose chains disagree go on: with every turn they have run
-twice as long, and keep every other sample.
+error, and its spread is the error. Windows whose chains disagree go on: with every turn they
+have run twice as long, and keep every other sample.
 
 Chains of all windows run along the last axis, the vector lanes of the processor. Windows share
-uniform random numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson 1976), drawn anew
-every round from the key and a hash of its recorded pixels: every stream is a proper
-one, the streams of two windows are independent, and no answer depends on its neighbours.
+uniform random numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson
+1976), drawn anew every round from the key and a hash of its recorded pixels: every stream is a
+proper one, the streams of two windows are independent, and no answer depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -391,10 +391,10 @@ def turn(
     table = table.reshape(*table.shape[:2], -1, 3, table.shape[-1])
     flat = table.reshape(-1, *table.shape[2:])
     flat = sorted_out(flat, centre[:-1].reshape(flat.shape[1:]), own_mask)
-    acceptance, width_slope = rate.mean((0, 1)), slopes.mean((0, 1))
-    of_windows = jax.tree.map(lambda a: to_lanes(a)[..., None, :], (windows, start.mask))
-    model = scene_model(*of_windows, known, softness=HARD, uniform=True)
-    answer = summarise(flat.reshape(table.shape), model, acceptance, width_slope)
+    seen = jax.tree.map(lambda a: to_lanes(a)[..., None, :], windows)
+    of_windows = scene_model(seen, own_mask[:, None], known, softness=HARD, uniform=True)
+    of_steps = rate.mean((0, 1)), slopes.mean((0, 1))
+    answer = summarise(flat.reshape(table.shape), of_windows, *of_steps)
     chains = chains._replace(samples=from_lanes(samples))
     flat = flat.reshape(len(flat), -1, flat.shape[-1])
     flat = jnp.concatenate([flat, samples[:, -1].reshape(len(flat), 1, -1)], 1)
