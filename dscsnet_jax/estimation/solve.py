@@ -23,7 +23,7 @@ from dscsnet_jax.batching import (
     windows_per_block,
 )
 from dscsnet_jax.estimation import ESTIMATES, windows
-from dscsnet_jax.estimation.groups import components, linked, reach_of_groups
+from dscsnet_jax.estimation.groups import components, linked, ranks, reach_of_groups
 from dscsnet_jax.estimation.windows import Flat, Windows
 from dscsnet_jax.inference import observation as observing
 from dscsnet_jax.inference import program, sampler
@@ -196,7 +196,7 @@ def selected(
     for number in range(sweeps + 1):
         kept = gathered(done)
         before = light(windows.together(todo, kept))
-        cuts = cut(observation, todo, num_free_slots=1, others=kept)
+        cuts = cut(observation, todo, num_free_slots=1, source=before)
         comparing = compare and (number < _SEARCHES or last)
         done += [(w, run(w, known, comparing)) for w in cuts]
         if last or not done:
@@ -407,7 +407,7 @@ def _count_probability(counted: Counted, num_frames: int, max_targets: int) -> n
         share = share / share.sum(1, keepdims=True)
         order = np.argsort(w.frame, kind="stable")
         frame = w.frame[order]
-        rank = np.arange(len(frame)) - np.searchsorted(frame, frame)
+        rank = ranks(frame)
         for turn in range(rank.max(initial=-1) + 1):
             at = order[rank == turn]
             before = total[w.frame[at]]

@@ -113,7 +113,7 @@ def cut(
     sigma: np.ndarray,
     widest: float | None = None,
     num_free_slots: int = 0,
-    others: Flat | None = None,
+    source: np.ndarray | None = None,
 ) -> list[Windows]:
     """Cut the groups of each frame's targets out as windows.
 
@@ -124,7 +124,8 @@ def cut(
       sigma: (2,) PSF standard deviation, pixels.
       widest: by which targets are grouped, pixels; None: the larger one of `sigma`.
       num_free_slots: of each window, for further targets.
-      others: further targets, whose light the windows see as that of neighbours.
+      source: (B, N, M) expected counts of all targets the windows may see, by `light_of`;
+        None: of these targets.
 
     Returns:
       The windows, one item per shape that occurs.
@@ -145,8 +146,8 @@ def cut(
     number = np.minimum(np.bincount(member, minlength=len(number)), slots[-1])
     extent = (high - low).max(-1, initial=0)
     kind = ((extent[:, None] <= rooms) & (number[:, None] <= slots)).argmax(1)
-    seen_of = together(targets, others) if others is not None else targets
-    source = light_of(seen_of, sigma, observation.counts)
+    if source is None:
+        source = light_of(targets, sigma, observation.counts)
     found = []
     for index, shape in enumerate(shapes):
         chosen = np.flatnonzero(kind == index)

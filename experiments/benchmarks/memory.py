@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -88,9 +87,7 @@ def main() -> None:
         x, y = [], []
         for number in numbers:
             command = [sys.executable, __file__, "--estimate", args.estimate, "--point", kind]
-            told = subprocess.run(
-                [*command, str(number)], check=True, capture_output=True, env=os.environ
-            )
+            told = subprocess.run([*command, str(number)], check=True, capture_output=True)
             point = json.loads(told.stdout.splitlines()[-1])
             print(
                 f"{kind} {number:5d}: {point['gigabytes']:.2f} GiB, {point['seconds']:.1f} s, "
