@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,28 @@ from dscsnet_jax.inference.summary import numbered
 from dscsnet_jax.inference.theta import parts_of, theta_of
 
 # Shares of the moves, in the order of `propose`.
-_MOVES = (0.65, 0.12, 0.03, 0.05, 0.15)
+_MOVES = (0.7, 0.12, 0.03, 0.05, 0.1)
 _LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
 WALK = 0
 """The kind of the move of all parameters."""
 NUM_FURTHER = 3
 """Uniform numbers that moves need beside one for each parameter."""
+
+
+class Shape(NamedTuple):
+    """Of the distribution of places: a Gaussian one.
+
+    Attributes:
+      mean: (3K+1, 1, C).
+      root: (3K+1, 3K+1, 1, C) lower triangular, of the covariance; zero for what is not there.
+      inverse: of the root, likewise.
+      present: (3K+1, 1, C) 1 for what is there, else 0.
+    """
+
+    mean: jax.Array
+    root: jax.Array
+    inverse: jax.Array
+    present: jax.Array
 
 
 def kind_of(u: jax.Array) -> jax.Array:
@@ -30,34 +47,50 @@ def kind_of(u: jax.Array) -> jax.Array:
 
 def propose(
     theta: jax.Array,
-    root: jax.Array,
+    shape: Shape,
     length: jax.Array,
     model: SceneModel,
     fitted: jax.Array,
     kind: jax.Array,
     u: jax.Array,
-) -> jax.Array:
-    """A symmetric proposal (3K+1, 1, C) of one kind, from uniform numbers.
+) -> tuple[jax.Array, jax.Array]:
+    """A proposal (3K+1, 1, C) of one kind, from uniform numbers.
 
-    All parameters at once; the cluster rotated or reflected about its centre of energy, which
+    All parameters at once, in a way that would keep the Gaussian distribution they seem to
+    have, so that only what differs from it is ever rejected, however long the step; the cluster rotated or reflected about its centre of energy, which
     makes blends that look alike; the intensities of two targets exchanged; one target over
     lengths of many scales; two targets with their centre of energy held.
 
     Args:
       theta: (3K+1, 1, C) places of C chains.
-      root: (3K+1, 3K+1, 1, C) of the covariance of a step of all parameters.
-      length: (1, C) of such a step.
+      shape: `Shape` of the distribution.
+      length: (1, C) of a step of all parameters; at 1 it forgets where it came from.
       model: of each chain's window, (..., 1, C).
       fitted: (3K+1, 1, C) the fit, by which targets are numbered.
       kind: which move, see `kind_of`.
       u: (3K+1 + `NUM_FURTHER`, 1, C) uniform numbers.
+
+    Returns:
+      Where to, and the logarithm (1, C) of how much likelier its proposal is on the way back.
+
+    References:
+      R. M. Neal, Bayesian Statistics 6 (1998) 475; S. L. Cotter, G. O. Roberts, A. M. Stuart,
+      D. White, Stat. Sci. 28 (2013) 424 (preconditioned Crank-Nicolson proposals).
     """
     mask, size = model.mask, theta.shape[0]
-    centred = (u[:size] - 0.5) * 12**0.5
 
-    def walk() -> jax.Array:
-        stride = sum_of(root[:, q] * centred[q][None] for q in range(size))
-        return theta + length * stride
+    def walk() -> tuple[jax.Array, jax.Array]:
+        tiny = float(jnp.finfo(u.dtype).eps) / 4
+        normal = 2**0.5 * jax.lax.erf_inv(2 * (u[:size] + tiny) - 1)
+        stays = jnp.sqrt(1 - length**2)
+        off = theta - shape.mean
+        unit = sum_of(shape.inverse[:, q] * off[q][None] for q in range(size))
+        stride = sum_of(shape.root[:, q] * normal[q][None] for q in range(size))
+        there = sum_of(shape.present[q] * normal[q] ** 2 for q in range(size))
+        across = sum_of(unit[q] * normal[q] for q in range(size))
+        here = sum_of(unit[q] ** 2 for q in range(size))
+        gain = length**2 * (there - here) / 2 + length * stays * across
+        return shape.mean + stays * off + length * stride, gain
 
     def rotate() -> jax.Array:
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
@@ -85,9 +118,10 @@ def propose(
         off = (off * length).reshape(-1, *off.shape[2:])
         return theta.at[:-1].add(off)
 
-    moves: list[Callable[[], jax.Array]] = [walk, rotate, exchange, partial(apart, False)]
-    moves.append(partial(apart, True))
-    return jax.lax.switch(kind, moves)
+    symmetric: list[Callable[[], jax.Array]] = [rotate, exchange]
+    symmetric += [partial(apart, both) for both in (False, True)]
+    none = jnp.zeros_like(theta[-1])
+    return jax.lax.switch(kind, [walk, *(lambda move=move: (move(), none) for move in symmetric)])
 
 
 def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:

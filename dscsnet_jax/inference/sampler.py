@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import scaled
 from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
-from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, kind_of, propose
+from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, Shape, kind_of, propose
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import HARD, SceneModel, scene_model
@@ -41,15 +41,16 @@ from dscsnet_jax.inference.theta import present_of
 from dscsnet_jax.physics.targets import Targets
 
 NUM_CHAINS = 4
-NUM_BURN_IN = 16
-NUM_SAMPLES = 64
+NUM_BURN_IN = 8
+NUM_SAMPLES = 32
 THINNING = 6
-_ACCEPTANCE = 0.15
+_ACCEPTANCE = 0.1
 _PIECE = 32  # windows that run together
 _TIMES = (1, 1, 2, 4)  # as many steps a sample in each turn of a window whose chains disagree
 NUM_TURNS = len(_TIMES)
 _RIDGE = 1e-4  # of samples that are all alike
-_FIRST_WEIGHT, _LEARN_EVERY = 8.0, 4  # samples that the covariance of the fit is worth; rounds
+_FIRST_WEIGHT = 8.0  # samples that the covariance of the fit is worth
+_LEARN_EVERY = 2, 8  # rounds of the burn-in, and after it
 
 
 @lanes_last
@@ -172,15 +173,14 @@ class _State(NamedTuple):
     """Where chains stand and how they step.
 
     Places (3K+1, 1, C) of the chains of all windows, log density there and that of the places
-    against joint draws; of the steps log length (1, C) and root of the covariance (3K+1, 3K+1, 1,
-    C); of L windows mean (3K+1, L) and covariance of the places so far.
+    against joint draws; of the steps log length (1, C) and shape; of L windows mean (3K+1, L) and covariance of the places so far.
     """
 
     theta: jax.Array
     density: jax.Array
     log_places: jax.Array
     log_length: jax.Array
-    root: jax.Array
+    shape: Shape
     mean: jax.Array
     covariance: jax.Array
 
@@ -325,17 +325,18 @@ def turn(
             kind = kind_of(drawn[0, 0, 0])
             u = drawn[1:] + shift
             u = u - (u >= 1)
-            shape = state.root, jnp.exp(state.log_length)
-            proposed = propose(state.theta, *shape, model, fitted, kind, u)
+            length = jnp.exp(state.log_length)
+            proposed, gain = propose(state.theta, state.shape, length, model, fitted, kind, u)
             new = density(proposed)
-            share = jnp.where(new > -jnp.inf, jnp.exp(jnp.minimum(new - state.density, 0)), 0)
+            ratio = jnp.minimum(new - state.density + gain, 0)
+            share = jnp.where(new > -jnp.inf, jnp.exp(ratio), 0)
             accepted = u[-1] < share
             rate = jnp.tile(by_window(share).mean(0), num_chains)[None]
             tune = jnp.where(kind == WALK, learning, 0) * (rate - _ACCEPTANCE)
             moved = state._replace(
                 theta=jnp.where(accepted, proposed, state.theta),
                 density=jnp.where(accepted, new, state.density),
-                log_length=state.log_length + tune,
+                log_length=jnp.minimum(state.log_length + tune, 0),
             )
             return (moved, taken + rate), None
 
@@ -365,13 +366,15 @@ def turn(
         mean = state.mean + off.sum(1) / weight
         square = (off[:, None] * (places - mean[:, None])[None]).sum(2)
         covariance = state.covariance + (square - num_chains * state.covariance) / weight
-        state = state._replace(mean=mean, covariance=covariance)
-        again = (round_ + 1) % _LEARN_EVERY == 0
-        return state._replace(
-            root=jax.lax.cond(
-                again, lambda: tiled(_roots(covariance, own_mask)), lambda: state.root
-            )
+        again = (round_ + 1) % jnp.where(round_ < num_burn_in, *_LEARN_EVERY) == 0
+        shape = jax.lax.cond(
+            again, lambda: shaped(mean, _roots(covariance, own_mask)), lambda: state.shape
         )
+        return state._replace(shape=shape, mean=mean, covariance=covariance)
+
+    def shaped(mean: jax.Array, root: jax.Array) -> Shape:
+        present = present_of(own_mask).astype(mean.dtype)
+        return Shape(*map(tiled, (mean, root, spd.triangular_inverse(root), present)))
 
     own_mask, centre, root, log_length = to_lanes(
         (start.mask, chains.fitted, chains.root, chains.log_length)
@@ -380,8 +383,8 @@ def turn(
     covariance = jnp.einsum("pql,rql->prl", root, root, precision="highest")
     first = density(theta)
     places = model.log_places(theta) if sequential else jnp.zeros_like(first)
-    shape = tiled(log_length), tiled(root)
-    state = _State(theta, first, places, *shape, centre, covariance)
+    shape = shaped(centre, root)
+    state = _State(theta, first, places, tiled(log_length), shape, centre, covariance)
     rounds = jnp.arange(num_burn_in + num_samples, dtype=jnp.int32)
     state, kept = jax.lax.scan(one_round, state, rounds)
     new, rate, slopes = (by_window(a[num_burn_in:]) for a in kept)

@@ -115,3 +115,24 @@ def cholesky(matrix: jax.Array) -> jax.Array:
         return left, root + col[:, None] * (place == k).astype(left.dtype)[None]
 
     return jax.lax.fori_loop(0, size, eliminate, (matrix, jnp.zeros_like(matrix)))[1]
+
+
+def triangular_inverse(root: jax.Array) -> jax.Array:
+    """Inverse of lower triangular matrices (P, P, ...); where a diagonal is zero, so is its row.
+
+    Example:
+      >>> triangular_inverse(jnp.array([[2.0, 0.0], [1.0, 1.0]])).tolist()
+      [[0.5, 0.0], [-0.5, 1.0]]
+    """
+    size = root.shape[0]
+    place = behind(np.arange(size), root.ndim - 1)
+
+    def substitute(k: jax.Array, done: jax.Array) -> jax.Array:
+        col = jax.lax.dynamic_index_in_dim(root, k, 1, keepdims=False)
+        pivot = jax.lax.dynamic_index_in_dim(col, k, keepdims=False)
+        row = jax.lax.dynamic_index_in_dim(done, k, keepdims=False)
+        row = jnp.where(pivot > 0, row / jnp.where(pivot > 0, pivot, 1), 0)
+        left = done - jnp.where(place > k, col, 0)[:, None] * row[None]
+        return jnp.where(behind(np.arange(size), root.ndim) == k, row[None], left)
+
+    return jax.lax.fori_loop(0, size, substitute, diagonal_matrix(jnp.ones_like(diagonal(root))))
