@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.inference.lanes import sum_of
+from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.lanes import sum_leading, sum_of
 from dscsnet_jax.inference.scene_model import SceneModel
 from dscsnet_jax.inference.summary import numbered
 from dscsnet_jax.inference.theta import parts_of, theta_of
@@ -25,19 +26,17 @@ NUM_FURTHER = 3
 
 
 class Shape(NamedTuple):
-    """Of the distribution of places: a Gaussian one.
+    """The Gaussian distribution by which moves of all parameters are shaped.
 
     Attributes:
       mean: (3K+1, 1, C).
       root: (3K+1, 3K+1, 1, C) lower triangular, of the covariance; zero for what is not there.
       inverse: of the root, likewise.
-      present: (3K+1, 1, C) 1 for what is there, else 0.
     """
 
     mean: jax.Array
     root: jax.Array
     inverse: jax.Array
-    present: jax.Array
 
 
 def kind_of(u: jax.Array) -> jax.Array:
@@ -56,14 +55,15 @@ def propose(
 ) -> tuple[jax.Array, jax.Array]:
     """A proposal (3K+1, 1, C) of one kind, from uniform numbers.
 
-    All parameters at once, in a way that would keep the Gaussian distribution they seem to
-    have, so that only what differs from it is ever rejected, however long the step; the cluster rotated or reflected about its centre of energy, which
-    makes blends that look alike; the intensities of two targets exchanged; one target over
-    lengths of many scales; two targets with their centre of energy held.
+    All parameters at once, partly drawn anew from the Gaussian distribution that they seem to
+    have: only what differs from it is ever rejected, however long the step. The cluster rotated
+    or reflected about its centre of energy, which makes blends that look alike; the intensities
+    of two targets exchanged; one target over lengths of many scales; two targets with their
+    centre of energy held.
 
     Args:
       theta: (3K+1, 1, C) places of C chains.
-      shape: `Shape` of the distribution.
+      shape: of the moves of all parameters.
       length: (1, C) of a step of all parameters; at 1 it forgets where it came from.
       model: of each chain's window, (..., 1, C).
       fitted: (3K+1, 1, C) the fit, by which targets are numbered.
@@ -80,17 +80,14 @@ def propose(
     mask, size = model.mask, theta.shape[0]
 
     def walk() -> tuple[jax.Array, jax.Array]:
-        tiny = float(jnp.finfo(u.dtype).eps) / 4
-        normal = 2**0.5 * jax.lax.erf_inv(2 * (u[:size] + tiny) - 1)
-        stays = jnp.sqrt(1 - length**2)
+        inside = u[:size] + float(jnp.finfo(u.dtype).eps) / 4  # uniform numbers may be 0
+        new = 2**0.5 * jax.lax.erf_inv(2 * inside - 1)
+        new = jnp.where(spd.diagonal(shape.root) > 0, new, 0)
         off = theta - shape.mean
-        unit = sum_of(shape.inverse[:, q] * off[q][None] for q in range(size))
-        stride = sum_of(shape.root[:, q] * normal[q][None] for q in range(size))
-        there = sum_of(shape.present[q] * normal[q] ** 2 for q in range(size))
-        across = sum_of(unit[q] * normal[q] for q in range(size))
-        here = sum_of(unit[q] ** 2 for q in range(size))
+        old, stays = _times(shape.inverse, off), jnp.sqrt(1 - length**2)
+        there, across, here = (sum_leading(x) for x in (new**2, old * new, old**2))
         gain = length**2 * (there - here) / 2 + length * stays * across
-        return shape.mean + stays * off + length * stride, gain
+        return shape.mean + stays * off + length * _times(shape.root, new), gain
 
     def rotate() -> jax.Array:
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
@@ -118,10 +115,16 @@ def propose(
         off = (off * length).reshape(-1, *off.shape[2:])
         return theta.at[:-1].add(off)
 
-    symmetric: list[Callable[[], jax.Array]] = [rotate, exchange]
-    symmetric += [partial(apart, both) for both in (False, True)]
-    none = jnp.zeros_like(theta[-1])
-    return jax.lax.switch(kind, [walk, *(lambda move=move: (move(), none) for move in symmetric)])
+    def symmetric(move: Callable[[], jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return move(), jnp.zeros_like(theta[-1])
+
+    others = rotate, exchange, partial(apart, False), partial(apart, True)
+    return jax.lax.switch(kind, [walk, *(partial(symmetric, move) for move in others)])
+
+
+def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """(P, 1, C) products of matrices (P, P, 1, C) and vectors."""
+    return sum_of(matrix[:, q] * vector[q][None] for q in range(len(vector)))
 
 
 def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:

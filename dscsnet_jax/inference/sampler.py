@@ -1,11 +1,12 @@
 """Sampler: average over all scenes that explain a window, instead of the best one.
 
-Metropolis chains, several a window, started around the fit. Their steps have the shape of its
-covariance at first, then more and more that of the samples so far (an adaptation that dies out:
-Haario, Saksman and Tamminen 2001); their length is tuned in a burn-in. The maximum is a poor
-answer where the posterior is broad or cut off by the prior; its mean has the least squared
-error, and its spread is the error. Windows whose chains disagree go on: with every turn they
-have run twice as long, and keep every other sample.
+Metropolis chains, several a window, started around the fit. Their steps would leave a Gaussian
+distribution as it is, however long they are: that of the fit at first, then more and more that
+of the samples so far (an adaptation that dies out: Haario, Saksman and Tamminen 2001); their
+length is tuned in a burn-in. The maximum is a poor answer where the posterior is broad or cut
+off by the prior; its mean has the least squared error, and its spread is the error. Windows
+whose chains disagree go on: with every turn they have run twice as long, and keep every other
+sample.
 
 Chains of all windows run along the last axis, the vector lanes of the processor. Windows share
 uniform random numbers, which each window shifts, modulo 1, by its own (Cranley and Patterson
@@ -50,6 +51,7 @@ _TIMES = (1, 1, 2, 4)  # as many steps a sample in each turn of a window whose c
 NUM_TURNS = len(_TIMES)
 _RIDGE = 1e-4  # of samples that are all alike
 _FIRST_WEIGHT = 8.0  # samples that the covariance of the fit is worth
+_WIDER = 1.15  # than the samples: what the prior cuts off has its corners far out
 _LEARN_EVERY = 2, 8  # rounds of the burn-in, and after it
 
 
@@ -149,13 +151,15 @@ class Chains(NamedTuple):
     Attributes:
       theta: (B, chains, 3K+1) places.
       fitted: (B, 3K+1) the fit, by which targets are numbered.
-      root: (B, 3K+1, 3K+1) root of the covariance that shapes a step of all parameters.
+      mean: (B, 3K+1) of the distribution that shapes a step of all parameters.
+      root: (B, 3K+1, 3K+1) root of its covariance.
       log_length: (B,) of the steps.
       samples: (B, S, 3K+1, chains) of all turns so far, evenly thinned.
     """
 
     theta: jax.Array
     fitted: jax.Array
+    mean: jax.Array
     root: jax.Array
     log_length: jax.Array
     samples: jax.Array
@@ -173,7 +177,8 @@ class _State(NamedTuple):
     """Where chains stand and how they step.
 
     Places (3K+1, 1, C) of the chains of all windows, log density there and that of the places
-    against joint draws; of the steps log length (1, C) and shape; of L windows mean (3K+1, L) and covariance of the places so far.
+    against joint draws; of the steps log length (1, C) and shape; of L windows mean (3K+1, L) and
+    covariance of the places so far.
     """
 
     theta: jax.Array
@@ -221,7 +226,7 @@ def begin(
     off = jnp.einsum("bpq,bcq->bcp", root, jax.vmap(draw)(keys), precision="highest")
     theta = fitted[:, None] + length[:, None, None] * off
     none = jnp.zeros((len(theta), num_samples, theta.shape[2], num_chains), theta.dtype)
-    return Chains(theta, fitted, root, jnp.log(length), none)
+    return Chains(theta, fitted, fitted, root, jnp.log(length), none)
 
 
 def _information(theta: jax.Array, model: SceneModel) -> jax.Array:
@@ -373,18 +378,18 @@ def turn(
         return state._replace(shape=shape, mean=mean, covariance=covariance)
 
     def shaped(mean: jax.Array, root: jax.Array) -> Shape:
-        present = present_of(own_mask).astype(mean.dtype)
-        return Shape(*map(tiled, (mean, root, spd.triangular_inverse(root), present)))
+        root = _WIDER * root
+        return Shape(*map(tiled, (mean, root, spd.triangular_inverse(root))))
 
-    own_mask, centre, root, log_length = to_lanes(
-        (start.mask, chains.fitted, chains.root, chains.log_length)
+    own_mask, centre, mean, root, log_length = to_lanes(
+        (start.mask, chains.fitted, chains.mean, chains.root, chains.log_length)
     )
     theta = numbered(theta, fitted, mask)
     covariance = jnp.einsum("pql,rql->prl", root, root, precision="highest")
     first = density(theta)
     places = model.log_places(theta) if sequential else jnp.zeros_like(first)
-    shape = shaped(centre, root)
-    state = _State(theta, first, places, tiled(log_length), shape, centre, covariance)
+    shape = shaped(mean, root)
+    state = _State(theta, first, places, tiled(log_length), shape, mean, covariance)
     rounds = jnp.arange(num_burn_in + num_samples, dtype=jnp.int32)
     state, kept = jax.lax.scan(one_round, state, rounds)
     new, rate, slopes = (by_window(a[num_burn_in:]) for a in kept)
@@ -407,11 +412,12 @@ def turn(
 
 def _adapted(chains: Chains, samples: jax.Array, log_length: jax.Array, mask: jax.Array) -> Chains:
     """Chains to go on with, shaped by the samples (S, 3K+1, L) so far."""
-    off = samples - samples.mean(0)
+    mean = samples.mean(0)
+    off = samples - mean
     covariance = jnp.einsum("spl,sql->pql", off, off, precision="highest") / len(samples)
     root = _roots(covariance, mask.T)
-    theta, root = from_lanes((samples[-chains.theta.shape[1] :], root))
-    return chains._replace(theta=theta, root=root, log_length=log_length)
+    theta, mean, root = from_lanes((samples[-chains.theta.shape[1] :], mean, root))
+    return chains._replace(theta=theta, mean=mean, root=root, log_length=log_length)
 
 
 def _roots(covariance: jax.Array, mask: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ def triangular_inverse(root: jax.Array) -> jax.Array:
 
     def substitute(k: jax.Array, done: jax.Array) -> jax.Array:
         col = jax.lax.dynamic_index_in_dim(root, k, 1, keepdims=False)
-        pivot = jax.lax.dynamic_index_in_dim(col, k, keepdims=False)
+        pivot = jax.lax.dynamic_index_in_dim(col, k)
         row = jax.lax.dynamic_index_in_dim(done, k, keepdims=False)
         row = jnp.where(pivot > 0, row / jnp.where(pivot > 0, pivot, 1), 0)
         left = done - jnp.where(place > k, col, 0)[:, None] * row[None]
