@@ -290,7 +290,7 @@ def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = 
         some = take_rows(w, todo)
         new, chains = run_chains(run, some, *told, np.int32(number), more=chains)
         answer = new if answer is None else put_rows(answer, todo, new)
-        on = np.flatnonzero(~new.converged)
+        on = np.flatnonzero(~new.settled)
         todo, chains = todo[on], take_rows(chains, on)
         if not len(todo):
             break

@@ -50,7 +50,7 @@ _PIECE = 32  # windows that run together
 _TIMES = (1, 1, 2, 4)  # as many steps a sample in each turn of a window whose chains disagree
 NUM_TURNS = len(_TIMES)
 _RIDGE = 1e-4  # of samples that are all alike
-_FIRST_WEIGHT = 8.0  # samples that the covariance of the fit is worth
+_FIRST_WEIGHT = 200.0  # samples that the shape before is worth: few make one that is too narrow
 _WIDER = 1.15  # than the samples: what the prior cuts off has its corners far out
 _LEARN_EVERY = 2, 8  # rounds of the burn-in, and after it
 
@@ -136,7 +136,7 @@ def sample(
         answer, chains = jax.tree.map(
             lambda a, b: a.at[index].set(b, mode="drop"), (loop.answer, loop.chains), new
         )
-        after = jnp.where(new[0].converged, NUM_TURNS, number + 1)
+        after = jnp.where(new[0].settled, NUM_TURNS, number + 1)
         return _Loop(loop.turn.at[index].set(after, mode="drop"), answer, chains)
 
     shapes = jax.eval_shape(lambda: run(*given, number=0))[0]

@@ -15,6 +15,8 @@ LEVELS = (0.0228, 0.1587, 0.8413, 0.9772)
 """Quantiles of `Posterior.interval`: one and two standard deviations of a Gaussian."""
 LARGEST_RHAT = 1.1
 """R-hat below which chains agree."""
+ENOUGH_SAMPLES = 50
+"""Effective samples that know the spread to 10 %; with fewer, chains agree by chance."""
 _LARGEST_SHARE = 1 / 3  # one over the least effective number of samples
 
 
@@ -44,6 +46,11 @@ class Posterior:
     acceptance: jax.Array
     converged: jax.Array
     width_slope: jax.Array
+
+    @property
+    def settled(self) -> jax.Array:
+        """(B,) bool: the chains agree and tell enough; else they should go on."""
+        return self.converged & (self.effective_sample_size >= ENOUGH_SAMPLES)
 
     @property
     def std(self) -> jax.Array:

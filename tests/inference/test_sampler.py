@@ -9,7 +9,7 @@ from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.inference.sampler import sample
-from dscsnet_jax.inference.summary import Posterior, is_numbered, numbered
+from dscsnet_jax.inference.summary import ENOUGH_SAMPLES, Posterior, is_numbered, numbered
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -155,6 +155,16 @@ def test_steps_keep_their_length_where_chains_begin_out_of_order():
     draw = jax.jit(lambda seen, start: sample(seen, start, known, jax.random.key(0), thinning=2))
     acceptance = np.asarray(draw(seen, faint).acceptance)
     assert (acceptance > 0.05).all()  # NaN is not
+
+
+def test_chains_that_agree_with_few_samples_go_on(pairs):
+    seen, truth, known = pairs
+    some = jax.tree.map(lambda a: a[:64], (seen, truth))
+    answer = posterior(*some, known, 0)
+    assert answer.settled.any()
+    few = answer.replace(effective_sample_size=jnp.full_like(answer.rhat, ENOUGH_SAMPLES - 1))
+    assert not few.settled.any()
+    assert not answer.replace(converged=~answer.converged).settled.all()
 
 
 def test_too_few_chains_are_refused(pairs):
