@@ -75,7 +75,7 @@ LIMITED = Known(WIDTH, prior=scene_prior(intensity=(LOW, HIGH), separation=NEAR,
 
 @partial(jax.jit)
 def posterior(seen: Observation, start: Targets, known: Known) -> Posterior:
-    return sample(seen, start, known, jax.random.key(0), width_slope=True)
+    return sample(seen, start, known, jax.random.key(0), num_samples=64, width_slope=True)
 
 
 @pytest.fixture(scope="module")
