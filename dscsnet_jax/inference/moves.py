@@ -85,6 +85,7 @@ def propose(
         new = jnp.where(spd.diagonal(shape.root) > 0, new, 0)
         off = theta - shape.mean
         old, stays = _times(shape.inverse, off), jnp.sqrt(1 - length**2)
+        # Three sums: of one of all, the compiler works out `new` again for each row of the root.
         there, across, here = (sum_leading(x) for x in (new**2, old * new, old**2))
         gain = length**2 * (there - here) / 2 + length * stays * across
         return shape.mean + stays * off + length * _times(shape.root, new), gain
