@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.derivatives import Quadratic
-from dscsnet_jax.inference.lanes import from_lanes, lanes_last, sum_of, to_lanes
+from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
@@ -188,12 +188,7 @@ def _damped_step(at: Quadratic, damping: jax.Array, present: jax.Array) -> jax.A
     unit, scale = scaled(at.information, present)
     wider = spd.diagonal_matrix(jnp.broadcast_to(damping, scale.shape))
     inverse, _ = spd.inverse((unit + wider) / (1 + damping))
-    return -scale * _times(inverse, scale * at.gradient) / (1 + damping)
-
-
-def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """(P, ...) products of symmetric matrices (P, P, ...) and vectors."""
-    return sum_of(matrix[q] * vector[q] for q in range(vector.shape[0]))
+    return -scale * spd.times(inverse, scale * at.gradient) / (1 + damping)
 
 
 def _longest_move(step: jax.Array) -> jax.Array:
@@ -235,7 +230,7 @@ def _describe(theta: jax.Array, at: Quadratic, model: SceneModel) -> Fit:
     by_theta = scale * theta_of(one, one, slope, jnp.ones_like(theta[-1]))
     covariance = inverse * by_theta[:, None] * by_theta[None]
     covariance = jnp.where(spd.diagonal_matrix(undecided), jnp.inf, covariance)
-    step = jnp.where(present & ~undecided, _times(inverse, scale * at.gradient), 0)
+    step = jnp.where(present & ~undecided, spd.times(inverse, scale * at.gradient), 0)
     used = seen.valid & ~seen.saturated
     source = model.source(theta)
     left = seen.counts - seen.neighbours - source - seen.level - seen.background_std * theta[-1]

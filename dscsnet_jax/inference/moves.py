@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.inference import spd
-from dscsnet_jax.inference.lanes import sum_leading, sum_of
+from dscsnet_jax.inference.lanes import sum_leading
 from dscsnet_jax.inference.scene_model import SceneModel
 from dscsnet_jax.inference.summary import numbered
 from dscsnet_jax.inference.theta import parts_of, theta_of
@@ -84,11 +84,11 @@ def propose(
         new = 2**0.5 * jax.lax.erf_inv(2 * inside - 1)
         new = jnp.where(spd.diagonal(shape.root) > 0, new, 0)
         off = theta - shape.mean
-        old, stays = _times(shape.inverse, off), jnp.sqrt(1 - length**2)
+        old, stays = spd.times(shape.inverse, off), jnp.sqrt(1 - length**2)
         # Three sums: of one of all, the compiler works out `new` again for each row of the root.
         there, across, here = (sum_leading(x) for x in (new**2, old * new, old**2))
         gain = length**2 * (there - here) / 2 + length * stays * across
-        return shape.mean + stays * off + length * _times(shape.root, new), gain
+        return shape.mean + stays * off + length * spd.times(shape.root, new), gain
 
     def rotate() -> jax.Array:
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
@@ -121,11 +121,6 @@ def propose(
 
     others = rotate, exchange, partial(apart, False), partial(apart, True)
     return jax.lax.switch(kind, [walk, *(partial(symmetric, move) for move in others)])
-
-
-def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """(P, 1, C) products of matrices (P, P, 1, C) and vectors."""
-    return sum_of(matrix[:, q] * vector[q][None] for q in range(len(vector)))
 
 
 def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:

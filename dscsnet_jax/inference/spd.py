@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dscsnet_jax.inference.lanes import sum_of
+
 
 def rounding_floor(matrix: jax.Array) -> float:
     """Pivot below which a matrix with unit diagonal decides nothing."""
@@ -34,6 +36,11 @@ def diagonal_matrix(values: jax.Array) -> jax.Array:
 def behind(array: np.ndarray | jax.Array, ndim: int) -> jax.Array:
     """The array with axes of length 1 behind, `ndim` in all."""
     return jnp.asarray(array).reshape(*array.shape, *(1,) * (ndim - array.ndim))
+
+
+def times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """(P, ...) products of matrices (P, P, ...) and vectors."""
+    return sum_of(matrix[:, q] * vector[q][None] for q in range(len(vector)))
 
 
 def inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
