@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _Any = TypeVar("_Any", bound=Callable[..., Any])
 
@@ -35,6 +36,11 @@ def to_lanes(tree: Any) -> Any:
 def from_lanes(tree: Any) -> Any:
     """The way back."""
     return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), tree)
+
+
+def behind(array: np.ndarray | jax.Array, ndim: int) -> jax.Array:
+    """The array with axes of length 1 behind, `ndim` in all."""
+    return jnp.asarray(array).reshape(*array.shape, *(1,) * (ndim - array.ndim))
 
 
 def materialised(some: jax.Array, function: Callable[..., Any], *args: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.inference.lanes import sum_of
+from dscsnet_jax.inference.lanes import behind, sum_of
 
 
 def rounding_floor(matrix: jax.Array) -> float:
@@ -31,11 +31,6 @@ def diagonal_matrix(values: jax.Array) -> jax.Array:
     eye = np.eye(values.shape[0], dtype=bool)
     zero = jnp.zeros((), values.dtype)
     return jnp.where(behind(eye, values.ndim + 1), values[:, None], zero)
-
-
-def behind(array: np.ndarray | jax.Array, ndim: int) -> jax.Array:
-    """The array with axes of length 1 behind, `ndim` in all."""
-    return jnp.asarray(array).reshape(*array.shape, *(1,) * (ndim - array.ndim))
 
 
 def times(matrix: jax.Array, vector: jax.Array) -> jax.Array:

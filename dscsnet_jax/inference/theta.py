@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.inference import spd
+from dscsnet_jax.inference import lanes, spd
 
 
 def present_of(mask: jax.Array) -> jax.Array:
@@ -23,7 +23,7 @@ def present_of(mask: jax.Array) -> jax.Array:
 
 def pairs_of(mask: jax.Array) -> jax.Array:
     """(K, K, ...) bool: two different targets, both present."""
-    same = spd.behind(np.eye(mask.shape[0], dtype=bool), mask.ndim + 1)
+    same = lanes.behind(np.eye(mask.shape[0], dtype=bool), mask.ndim + 1)
     return mask[:, None] & mask[None] & ~same
 
 
@@ -49,6 +49,6 @@ def spread(block: jax.Array, i: int, j: int) -> jax.Array:
     size, windows = 3 * block.shape[0], block.shape[2:]
     place = np.zeros((1, 3, 1, 3), block.dtype)
     place[0, i, 0, j] = 1
-    table = block[:, None, :, None] * spd.behind(place, block.ndim + 2)
+    table = block[:, None, :, None] * lanes.behind(place, block.ndim + 2)
     table = table.reshape(size, size, *windows)
     return jnp.pad(table, ((0, 1), (0, 1), *((0, 0) for _ in windows)))
