@@ -88,10 +88,12 @@ def fit_shapes(sigma: float) -> tuple[Shape, ...]:
 
 
 def exact_shapes(sigma: float) -> tuple[Shape, ...]:
-    """Shapes for sampling, with as few empty slots as possible."""
+    """Shapes for sampling, with as few empty slots as possible.
+
+    Chains of more targets would hardly ever agree; their groups are split.
+    """
     _, small, large = fit_shapes(sigma)
-    few = tuple(Shape(small.side, slots) for slots in (2, 4, 6))
-    return *few, Shape(large.side, 8), large
+    return *(Shape(small.side, slots) for slots in (2, 4, 6)), Shape(large.side, 8)
 
 
 def flat(targets: Targets) -> Flat:
