@@ -253,7 +253,7 @@ def network_and_operator(config: ConfigDict) -> tuple[Network, SensingOperator]:
     """The network of a run and the optics of the frames it is trained on."""
     preset = configs.make_preset(config)
     size, division = preset.frame_size, preset.division
-    operator = sensing_operator(size, division=division, sigma=preset.sigma)
+    operator = sensing_operator(size, division=division, psf=preset.sigma)
     return configs.make_method(config), operator
 
 
@@ -338,7 +338,7 @@ def solver_row(bench: Bench, method: str) -> Result:
 def solve(bench: Bench, method: str, frames: np.ndarray, lam: float) -> LassoSolution:
     """The lasso's maps of frames without their offset."""
     preset = bench.preset
-    operator = sensing_operator(preset.frame_size, division=preset.division, sigma=preset.sigma)
+    operator = sensing_operator(preset.frame_size, division=preset.division, psf=preset.sigma)
     y = jnp.asarray(frames - preset.sensor.offset)
     limit = bench.budget.solver_iterations
     return solve_lasso(y, operator, lam=lam, method=method, max_iterations=limit)

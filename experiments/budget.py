@@ -166,7 +166,7 @@ def has_left_inverse(network: Network, frame_size: int) -> bool:
     """Whether the network's trace holds the error of a learned left inverse."""
 
     def trace() -> Any:
-        operator = sensing_operator(frame_size, division=network.config.division, sigma=0.5)
+        operator = sensing_operator(frame_size, division=network.config.division, psf=0.5)
         params = network.init(jax.random.key(0), operator)
         frames = jnp.zeros((1, *operator.frame_shape))
         return network.apply(params, frames, operator, trace=True).trace

@@ -12,6 +12,7 @@ For the count it compares how many frames hold two targets with the sum of their
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from dscsnet_jax.inference.program import select
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.summary import LEVELS, Posterior
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets
 
 SIDE, MIDDLE, SIGMA, NOISE = 7, 3.0, 0.5, 2.0
@@ -84,7 +86,7 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
         mask,
     )
     known = SENSORS[sensor]
-    expected = np.asarray(render(targets, frame_size=SIDE, sigma=SIGMA), float)
+    expected = np.asarray(render(targets, frame_size=SIDE, psf=SIGMA), float)
     photons = expected + known.get("background", 0.0)
     recorded = rng.poisson(photons * known["gain"]) / known["gain"] if "gain" in known else photons
     recorded = recorded + rng.normal(0, NOISE, recorded.shape)
@@ -113,9 +115,9 @@ def calibrate(prior: str, sensor: str, num: int, seed: int) -> dict[str, float]:
     drawn = draw(prior, sensor, num, np.random.default_rng(seed))
     known: dict[str, Any] = {"background": 0.0} | SENSORS[sensor]
     seen = observe(drawn.frames, noise=NOISE, **known)
-    told = Known(np.float32(SIGMA), None, PRIORS[prior])
+    told = Known(psf=Gaussian(np.float32(SIGMA)), prior=PRIORS[prior])
     if "gain" in known:
-        told = Known(np.float32(SIGMA), np.float32(known["gain"]), PRIORS[prior])
+        told = dataclasses.replace(told, gain=np.float32(known["gain"]))
     targets = jax.tree.map(jnp.asarray, drawn.targets)
     answer = jax.tree.map(np.asarray, _answer(seen, targets, told, jax.random.key(seed)))
     truth, mask = _numbered(drawn.targets, answer.targets.position), drawn.targets.mask

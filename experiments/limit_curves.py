@@ -76,7 +76,7 @@ def against_distance(num: int) -> Curves:
     rng = np.random.default_rng(SEED)
     for distance in DISTANCE:
         truth = pairs(rng, num, distance)
-        frames = np.asarray(render(truth, frame_size=11, sigma=known["sigma"]))
+        frames = np.asarray(render(truth, frame_size=11, psf=known["psf"]))
         frames = frames + MIDDLE * rng.standard_normal(frames.shape).astype(np.float32)
         for name, method in METHODS.items():
             answer = method(frames, truth, known)

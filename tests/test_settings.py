@@ -244,13 +244,13 @@ NOISE = np.ones(len(TRUTH.mask), np.float32)
 def operator_of(dtype: type) -> SensingOperator:
     """In NumPy's arrays, which keep their type in every setting."""
     with jax.enable_x64(True):
-        made = jax.jit(partial(sensing_operator, SIDE, division=3))(sigma=dtype(0.5))
+        made = jax.jit(partial(sensing_operator, SIDE, division=3))(psf=dtype(0.5))
     return jax.device_get(made)
 
 
 @cache
 def frames() -> np.ndarray:
-    return np.asarray(render(TRUTH, frame_size=SIDE, sigma=0.5))
+    return np.asarray(render(TRUTH, frame_size=SIDE, psf=0.5))
 
 
 @cache
@@ -347,7 +347,7 @@ def _linear(operator: SensingOperator, y: jax.Array) -> Any:
 @jax.jit
 def _limited(truth: Targets) -> Any:
     sensor = Sensor(electrons_per_count=2.0)
-    root = limits.information_root(truth, frame_size=SIDE, sigma=0.5, sensor=sensor)
+    root = limits.information_root(truth, frame_size=SIDE, psf=0.5, sensor=sensor)
     best = limits.preset_limit(jax.random.key(0), truth, NOISY)
     return root.swapaxes(-1, -2) @ root, limits.cramer_rao(root, truth.mask), best
 

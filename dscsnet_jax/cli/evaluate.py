@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     with progress.stage("reading"):
         split = read_csist(args.data, one_based=args.one_based)
     preset = _preset_of(args.data, split)
-    known: dict[str, Any] = {"sigma": split.sigma}
+    known: dict[str, Any] = {"psf": split.sigma}
     if np.isfinite(split.full_well):
         known["saturation"] = split.full_well
     if preset is not None and preset.variation is None and not args.blind:

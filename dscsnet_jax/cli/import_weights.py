@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_output(args.out, force=args.force)
     state = read_state(args.checkpoint)
     initial = None if args.initial_matrix is None else read_initial_matrix(args.initial_matrix)
-    operator = sensing_operator(args.frame_size, division=args.division, sigma=args.sigma)
+    operator = sensing_operator(args.frame_size, division=args.division, psf=args.sigma)
     fields = {} if args.branch_weight is None else {"branch_weight": args.branch_weight}
     make_network(args.method, **fields)  # what it refuses is no fault of the checkpoint
     if initial is not None:

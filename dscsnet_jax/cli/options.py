@@ -122,8 +122,8 @@ def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def sensor_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `estimation.unmix.unmix`: optics and sensor, as far as given."""
-    names = ("sigma", "noise", "pedestal", "background", "saturation", "gain")
-    given = {name: getattr(args, name) for name in names}
+    names = ("noise", "pedestal", "background", "saturation", "gain")
+    given = {"psf": args.sigma} | {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None} | {
         "fit_psf": args.fit_psf
     }

@@ -16,6 +16,7 @@ from dscsnet_jax.inference.evidence import log_evidence
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.physics.psf import Psf
 
 _REACHES = (0.3, 0.1)  # of the factor's logarithm, in each pass
 _STEP = 0.02  # of the factor's logarithm, for the slope's own slope
@@ -54,19 +55,19 @@ def fit_width(
       >>> from dscsnet_jax.estimation.windows import flat
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(3.0, 3.2, 240.0)]])
-      >>> seen = observe(render(truth, frame_size=7, sigma=0.5), noise=0.1, background=0.0)
-      >>> fit_width(seen, flat(truth), Known(sigma=0.52))[0].sigma.round(2).tolist()
+      >>> seen = observe(render(truth, frame_size=7, psf=0.5), noise=0.1, background=0.0)
+      >>> fit_width(seen, flat(truth), Known(psf=Gaussian(0.52)))[0].psf.width.round(2).tolist()
       [0.5, 0.5]
     """
     observation, targets = jax.tree.map(np.asarray, observation), start
-    guess = np.broadcast_to(np.asarray(known.sigma, observation.counts.dtype), 2)
     # Evidences compare over the same pixels only: windows of the largest width for all.
-    widest = float(guess.max() * np.exp(sum(_REACHES)))
+    widest = float(windows.widest_of(known.psf) * np.exp(sum(_REACHES)))
 
     def widened(log_factor: float) -> Known:
-        return dataclasses.replace(known, sigma=(guess * np.exp(log_factor)).astype(guess.dtype))
+        return dataclasses.replace(known, psf=_widened(known.psf, np.exp(np.float32(log_factor))))
 
     def fits(trial: Known) -> list[tuple[windows.Windows, Fit]]:
         counted = selected(observation, targets, trial, compare=False, widest=widest, sweeps=1)
@@ -110,6 +111,11 @@ def fit_width(
         reach = _REACHES[-1]
         log_factor += float(np.clip(first / (first - second) * _STEP, -reach, reach))
     return widened(log_factor), targets
+
+
+@jax.jit
+def _widened(psf: Psf, factor: jax.Array) -> Psf:
+    return psf.widened(factor)
 
 
 @jax.jit

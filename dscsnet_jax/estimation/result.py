@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from dscsnet_jax.estimation.groups import linked, reach_of_groups
 from dscsnet_jax.estimation.solve import Solved
-from dscsnet_jax.estimation.windows import frame_sources
+from dscsnet_jax.estimation.windows import frame_sources, widest_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.targets import Targets
@@ -108,7 +108,7 @@ def grid_result(
       maps: (B, cN, cM) counts, or None.
     """
     frames, slots = len(targets.mask), targets.mask.shape
-    source = frame_sources(targets, known.sigma, observation.counts)
+    source = frame_sources(targets, known.psf, observation.counts)
     return UnmixResult(
         std=np.full((*slots, 3), np.nan),
         interval=np.full((*slots, 3, 4), np.nan),
@@ -163,7 +163,7 @@ def _common(
     seen: Observation, targets: Targets, source: np.ndarray, known: Known
 ) -> dict[str, Any]:
     """What is told of any answer."""
-    sigma = np.broadcast_to(known.sigma, 2)
+    sigma = np.asarray(known.psf.width)
     used, left = _left(seen, source)
     return {
         "targets": targets,
@@ -199,11 +199,11 @@ def _unresolved(targets: Targets, std: np.ndarray, known: Known) -> np.ndarray:
     """(B, K): a broad place, a neighbour within the errors, or no such scene as the prior's."""
     mask, position = np.asarray(targets.mask), np.asarray(targets.position)
     spread = np.sqrt((std[..., :2] ** 2).sum(-1))
-    broadest = _UNRESOLVED_PIXELS * float(np.mean(known.sigma)) * 2**0.5
+    broadest = _UNRESOLVED_PIXELS * float(np.mean(known.psf.width)) * 2**0.5
     least = float(known.prior.separation) - _SEPARATION_SLACK
     frame, slot = np.nonzero(mask)
     place, wide = position[frame, slot], spread[frame, slot]
-    one, other = linked(place, frame, max(reach_of_groups(float(np.max(known.sigma))), least)).T
+    one, other = linked(place, frame, max(reach_of_groups(widest_of(known.psf)), least)).T
     apart = np.sqrt(((place[one] - place[other]) ** 2).sum(-1))
     error = np.sqrt((wide[one] ** 2 + wide[other] ** 2) / 2)
     blends = (apart < _UNRESOLVED_GAP * error) | (apart < least)

@@ -109,10 +109,11 @@ def solve(
       >>> from dscsnet_jax.estimation.windows import flat
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 4.6, 240.0), (5.1, 5.4, 200.0)]])
-      >>> seen = observe(render(truth, frame_size=11, sigma=0.5), noise=1.0, background=0.0)
-      >>> answer = solve(seen, flat(truth), Known(sigma=0.5), max_targets=4, estimate="map")
+      >>> seen = observe(render(truth, frame_size=11, psf=0.5), noise=1.0, background=0.0)
+      >>> answer = solve(seen, flat(truth), Known(psf=Gaussian(0.5)), max_targets=4, estimate="map")
       >>> answer.targets.intensity.round().tolist()
       [[240.0, 200.0, 0.0, 0.0]]
     """
@@ -151,7 +152,7 @@ def solve(
         crowded=crowded,
         truncated=truncated,
         observation=observation,
-        source=windows.frame_sources(targets, known.sigma, observation.counts),
+        source=windows.frame_sources(targets, known.psf, observation.counts),
     )
 
 
@@ -186,9 +187,9 @@ def selected(
     Returns:
       The windows with their fits.
     """
-    reach = float(np.max(known.sigma)) if widest is None else widest
-    cut = partial(windows.cut, shapes=windows.fit_shapes(reach), sigma=known.sigma, widest=widest)
-    light = partial(windows.light_of, sigma=known.sigma, like=observation.counts)
+    reach = windows.widest_of(known.psf) if widest is None else widest
+    cut = partial(windows.cut, shapes=windows.fit_shapes(reach), psf=known.psf, widest=widest)
+    light = partial(windows.light_of, psf=known.psf, like=observation.counts)
     todo = windows.together(start, _missed(observation, start, known)) if compare else start
     run = partial(_run, partial(_select, only_add=greedy))
     done: Counted = []
@@ -269,8 +270,8 @@ def sampled(
     Returns:
       The windows with their posteriors.
     """
-    shapes = windows.exact_shapes(float(np.max(known.sigma)))
-    cuts = windows.cut(observation, targets, shapes, sigma=known.sigma)
+    shapes = windows.exact_shapes(windows.widest_of(known.psf))
+    cuts = windows.cut(observation, targets, shapes, psf=known.psf)
     return [(w, sampled_windows(w, known, seed=seed)) for w in cuts]
 
 
@@ -343,7 +344,7 @@ def _remeasure(given: tuple[Observation, Any, Any], gain: Any) -> Observation:
 
 def _remeasured(observation: Observation, targets: Flat, known: Known) -> Observation:
     """`observation.remeasured` with these targets, block by block."""
-    source = windows.light_of(targets, known.sigma, observation.counts)
+    source = windows.light_of(targets, known.psf, observation.counts)
     number = np.bincount(targets.frame, minlength=len(source)).astype(source.dtype)
     size = frames_per_block(source.shape[1:])
     return in_blocks(_remeasure, (observation, source, number), known.gain, size=size)
@@ -351,7 +352,7 @@ def _remeasured(observation: Observation, targets: Flat, known: Known) -> Observ
 
 def _missed(observation: Observation, targets: Flat, known: Known) -> Flat:
     """Peaks of what the targets leave unexplained."""
-    source = windows.light_of(targets, known.sigma, observation.counts)
+    source = windows.light_of(targets, known.psf, observation.counts)
     # A saturated pixel tells nothing of what is missing there but that something may be.
     valid = observation.valid & ~observation.saturated
     left = dataclasses.replace(observation, neighbours=source, valid=valid)

@@ -45,9 +45,9 @@ def read_windows(
     if is_frame_bound(network_of(weights)):
         return windows.flat(read(observation, max_targets=max_targets)[1])
     peaks = peaks_of(observation, known, max_targets=max_targets, least_snr=_FAINTEST_SNR)
-    shapes = windows.fit_shapes(float(np.max(known.sigma)))[1:]
+    shapes = windows.fit_shapes(windows.widest_of(known.psf))[1:]
     parts = []
-    for w in windows.cut(observation, windows.flat(peaks), shapes, sigma=known.sigma):
+    for w in windows.cut(observation, windows.flat(peaks), shapes, psf=known.psf):
         found = read(w.observation, max_targets=w.targets.mask.shape[1])[1]
         parts.append((w, _own(found, w, peaks), ()))
     return windows.gather(parts)[0]

@@ -26,6 +26,7 @@ from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.maps.network import check_width, read_maps
+from dscsnet_jax.physics.psf import Psf, as_psf
 from dscsnet_jax.physics.scene import Preset, presets
 from dscsnet_jax.physics.targets import Targets, no_targets
 
@@ -60,7 +61,7 @@ def known_of(preset: Preset) -> dict[str, Any]:
         raise ValueError(f"every frame of {preset.name} has a sensor of its own")
     sensor = preset.sensor
     return {
-        "sigma": preset.sigma,
+        "psf": as_psf(preset.sigma),
         "noise": float(sensor.read_noise),
         "pedestal": float(sensor.offset),
         "background": 0.0,
@@ -89,7 +90,7 @@ def bayes_reference(
       `UnmixResult`.
     """
     sensor = (known[name] for name in ("noise", "pedestal", "background", "saturation", "gain"))
-    told = _known(known["sigma"], known["gain"], known["prior"])
+    told = _known(known["psf"], known["gain"], known["prior"])
     solved = solve(
         _observed(np.asarray(frames, np.float32), *sensor),
         flat(truth),
@@ -109,7 +110,7 @@ def unmix(
     estimate: str = "mean",
     prior: ScenePrior | None = None,
     weights: Weights | str | Path | None = None,
-    sigma: float | tuple[float, float] | None = None,
+    psf: Psf | float | tuple[float, float] | None = None,
     fit_psf: bool = False,
     noise: float | None = None,
     pedestal: float | None = None,
@@ -140,7 +141,8 @@ def unmix(
       estimate: `mean`: posterior mean; `map`: the fit. Not for `grid`.
       prior: what is known of the scene (`inference.prior`); None: nothing.
       weights: `Weights`, a file of them, the name of packaged ones, or None: the default.
-      sigma: PSF standard deviation, pixels; None: that of the weights.
+      psf: a `physics.psf.Psf`; a number or a pair are the widths of a Gaussian one, pixels; None:
+        that of the weights.
       fit_psf: fit one common factor to the PSF's width, from all frames together.
       noise: standard deviation of a pixel's read noise, counts; None: estimated from each
         frame. Rounding is added where frames hold whole counts.
@@ -174,7 +176,7 @@ def unmix(
       >>> from dscsnet_jax.physics.optics import render
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 4.7, 240.0), (5.1, 5.5, 200.0)]])
-      >>> answer = unmix(render(truth, frame_size=11, sigma=0.5), noise=0.1, estimate="map")
+      >>> answer = unmix(render(truth, frame_size=11, psf=0.5), noise=0.1, estimate="map")
       >>> answer.targets.count.tolist(), answer.status()[0, :2].tolist()
       ([2], ['ok', 'ok'])
       >>> [round(float(x), 2) for x in answer.targets.position[0, 1]]
@@ -192,8 +194,12 @@ def unmix(
         y = as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
     if max_targets is not None and max_targets < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
-    width = np.broadcast_to(weights.metadata.geometry.sigma if sigma is None else sigma, 2)
-    known = _known(width, gain, ScenePrior() if prior is None else prior)
+    known = _known(
+        weights.metadata.geometry.sigma if psf is None else psf,
+        gain,
+        ScenePrior() if prior is None else prior,
+    )
+    width = np.asarray(known.psf.width)
     observation = _observed(y, noise, pedestal, background, saturation, gain)
     most = max(_ROOM, y.shape[1] * y.shape[2] // 8)  # of a start
     given = observation, weights, known
@@ -269,9 +275,9 @@ def _trained_well(weights: Weights) -> float:
     return float(preset.sensor.saturation)
 
 
-def _known(sigma: Any, gain: float | None, prior: ScenePrior) -> Known:
-    width = np.broadcast_to(np.asarray(sigma, np.float32), 2)
-    return Known(width, None if gain is None else np.float32(gain), prior)
+def _known(psf: Any, gain: float | None, prior: ScenePrior) -> Known:
+    told = jax.tree.map(lambda a: np.asarray(a, np.float32), as_psf(psf))
+    return Known(told, None if gain is None else np.float32(gain), prior)
 
 
 def _observed(

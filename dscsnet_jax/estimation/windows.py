@@ -29,10 +29,10 @@ from dscsnet_jax.estimation.groups import (
 )
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics import optics
+from dscsnet_jax.physics.psf import Psf, support
 from dscsnet_jax.physics.targets import Targets, from_arrays
 
 _REACH = 4.0  # PSF sigmas around a target that its window holds
-_FAR = 7.0  # PSF sigmas at which a target's light ends, below the rounding of its peak
 _SLOTS = 16  # fewest of an answer
 _RENDERED = 16  # blocks of windows whose targets' light is made together
 
@@ -76,6 +76,11 @@ class Windows(NamedTuple):
     split: np.ndarray
 
 
+def widest_of(psf: Psf) -> float:
+    """The larger one of a PSF's widths, pixels."""
+    return float(np.max(psf.width))
+
+
 def fit_shapes(sigma: float) -> tuple[Shape, ...]:
     """Shapes for fitting: room for more targets than there are so far.
 
@@ -112,7 +117,7 @@ def cut(
     targets: Flat,
     shapes: tuple[Shape, ...],
     *,
-    sigma: np.ndarray,
+    psf: Psf,
     widest: float | None = None,
     num_free_slots: int = 0,
     source: np.ndarray | None = None,
@@ -123,8 +128,8 @@ def cut(
       observation: B whole frames, NumPy arrays.
       targets: of the frames.
       shapes: of the windows, from the smallest; a group takes the first that holds it.
-      sigma: (2,) PSF standard deviation, pixels.
-      widest: by which targets are grouped, pixels; None: the larger one of `sigma`.
+      psf: of the targets.
+      widest: PSF width by which targets are grouped, pixels; None: the larger one of `psf`.
       num_free_slots: of each window, for further targets.
       source: (B, N, M) expected counts of all targets the windows may see, by `light_of`;
         None: of these targets.
@@ -132,7 +137,7 @@ def cut(
     Returns:
       The windows, one item per shape that occurs.
     """
-    reach = float(np.max(sigma)) if widest is None else widest
+    reach = widest_of(psf) if widest is None else widest
     rooms = np.array([shape.side - 2 * _REACH * reach for shape in shapes])
     slots = np.array([shape.slots - num_free_slots for shape in shapes])
     frame, position, intensity = targets
@@ -149,7 +154,7 @@ def cut(
     extent = (high - low).max(-1, initial=0)
     kind = ((extent[:, None] <= rooms) & (number[:, None] <= slots)).argmax(1)
     if source is None:
-        source = light_of(targets, sigma, observation.counts)
+        source = light_of(targets, psf, observation.counts)
     found = []
     for index, shape in enumerate(shapes):
         chosen = np.flatnonzero(kind == index)
@@ -170,7 +175,7 @@ def cut(
         present[slot], foreign[slot] = True, guest[at]
         local = from_arrays(table[..., :2], table[..., 2], present)
         seen = _pixels(observation, source, part_frame[chosen], origin, shape.side)
-        seen = _with_neighbours(seen, frame_sources(local, sigma, seen.counts))
+        seen = _with_neighbours(seen, frame_sources(local, psf, seen.counts))
         found.append(Windows(part_frame[chosen], seen, local, foreign, split[chosen]))
     return found
 
@@ -246,15 +251,15 @@ def padded(
     return answer, [table(column) for column in values], truncated
 
 
-def frame_sources(targets: Targets, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
+def frame_sources(targets: Targets, psf: Psf, like: np.ndarray) -> np.ndarray:
     """`light_of` of `Targets` (B, K, ...)."""
-    return light_of(flat(targets), sigma, like)
+    return light_of(flat(targets), psf, like)
 
 
-def light_of(targets: Flat, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
+def light_of(targets: Flat, psf: Psf, like: np.ndarray) -> np.ndarray:
     """Expected counts of all targets of each frame, in the shape (B, N, M) and type of `like`."""
     frame, place, intensity = targets
-    side = 2 * int(np.ceil(_FAR * np.max(sigma))) + 1
+    side = 2 * support(psf) + 1
     pixel = np.rint(place).astype(int) - side // 2
     one = from_arrays(
         (place - pixel).astype(like.dtype)[:, None],
@@ -265,15 +270,15 @@ def light_of(targets: Flat, sigma: np.ndarray, like: np.ndarray) -> np.ndarray:
     if not len(frame):
         return source
     render = partial(_render, frame_size=(side, side))
-    light = in_blocks(render, one, sigma, size=_RENDERED * windows_per_block())
+    light = in_blocks(render, one, psf, size=_RENDERED * windows_per_block())
     at, inside = _pixels_at(pixel, side, like.shape[1:])
     np.add.at(source, (frame[:, None, None], *at), np.where(inside, light, 0))
     return source
 
 
 @partial(jax.jit, static_argnames="frame_size")
-def _render(targets: Targets, sigma: jax.Array, *, frame_size: tuple[int, int]) -> jax.Array:
-    return optics.render(targets, frame_size=frame_size, sigma=sigma)
+def _render(targets: Targets, psf: Psf, *, frame_size: tuple[int, int]) -> jax.Array:
+    return optics.render(targets, frame_size=frame_size, psf=psf)
 
 
 def _inside(origin: np.ndarray, frame_shape: tuple[int, ...], side: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from dscsnet_jax.inference.matched_filter import matched_filter, places
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import scene_model
-from dscsnet_jax.physics import limits, optics
+from dscsnet_jax.physics.psf import Psf
 from dscsnet_jax.physics.targets import Targets
 
 _SPLIT = (0.25, 0.6)  # least and largest half distance of a split pair, sigmas of the PSF x 2
@@ -60,8 +60,7 @@ def _changes(best: Fit, observation: Observation, known: Known, *, only_add: boo
     residual = observation.counts - observation.neighbours - source - best.level
     residual = jnp.where(observation.saturated, jnp.maximum(residual, 0), residual)
     weight = jnp.where(observation.valid, 1 / model.variance(source, t)[0], 0)
-    sigma = optics.psf_sigma(known.sigma).astype(residual.dtype)
-    added = _with_peak_added(targets, residual, weight, sigma, known.prior.intensity)
+    added = _with_peak_added(targets, residual, weight, known.psf, known.prior.intensity)
     if only_add:
         return [added]
     return [
@@ -69,7 +68,7 @@ def _changes(best: Fit, observation: Observation, known: Known, *, only_add: boo
         _without_faintest(targets, std),
         _masked(targets, targets.mask & (targets.intensity >= _FAINT * targets.intensity.max())),
         _as_one(targets),
-        _with_one_split(targets, residual, weight, sigma),
+        _with_one_split(targets, residual, weight, known.psf),
         # From here on: what near targets ask for, see `NEAR_CHANGES`.
         _with_closest_merged(targets),
         *(_rotated(targets, angle) for angle in _ROTATIONS),
@@ -144,10 +143,10 @@ def _with_peak_added(
     targets: Targets,
     residual: jax.Array,
     weight: jax.Array,
-    sigma: jax.Array,
+    psf: Psf,
     prior: IntensityPrior | None,
 ) -> Targets:
-    energy, ratio = matched_filter(residual, weight, sigma)
+    energy, ratio = matched_filter(residual, weight, psf)
     row, col = jnp.divmod(jnp.argmax(ratio), ratio.shape[1])
     energy = energy[row, col]
     place = jnp.stack(
@@ -161,27 +160,21 @@ def _with_peak_added(
     return _put(targets, jnp.argmin(targets.mask), place, energy)
 
 
-def _with_one_split(
-    targets: Targets, residual: jax.Array, weight: jax.Array, sigma: jax.Array
-) -> Targets:
+def _with_one_split(targets: Targets, residual: jax.Array, weight: jax.Array, psf: Psf) -> Targets:
     """Split the target whose surroundings look most like those of a pair.
 
     Two halves at `+-delta` along `e` differ from one target by `I/2 delta^2 e^T H e`, `H`
     the second derivatives of the PSF: the residual's share in them gives target,
     direction and distance.
     """
-    rows, cols = residual.shape
-    moments = []
-    for axis, num in ((0, rows), (1, cols)):
-        place = targets.position[:, axis]
-        value = optics.point_response(place, num, sigma[axis])
-        slope = limits.point_response_derivative(place, num, sigma[axis])
-        bend = jax.vmap(
-            jax.jacfwd(partial(limits.point_response_derivative, num_pixels=num, sigma=sigma[axis]))
-        )(place)
-        moments.append((value, slope, bend))
+    terms = psf.terms()
+    in_row, in_col = (
+        [terms.responses(axis, targets.position[:, axis], num, order=order) for order in range(3)]
+        for axis, num in enumerate(residual.shape)
+    )
     pairs = ((2, 0), (0, 2), (1, 1))
-    shapes = jnp.stack([moments[0][a][:, :, None] * moments[1][b][:, None, :] for a, b in pairs], 1)
+    image = partial(jnp.einsum, "rik,rjk->kij", precision="highest")
+    shapes = jnp.stack([image(in_row[a], in_col[b]) for a, b in pairs], 1)
     shapes = shapes * targets.intensity[:, None, None, None] / 2
     shapes = shapes * jnp.array([1.0, 1.0, 2.0], shapes.dtype)[None, :, None, None]
     normal = jnp.einsum("ksij,ktij,ij->stk", shapes, shapes, weight, precision="highest")
@@ -192,7 +185,7 @@ def _with_one_split(
     middle, radius = (rr + cc) / 2, jnp.sqrt(((rr - cc) / 2) ** 2 + rc**2)
     chosen = jnp.argmax(jnp.where(targets.mask, (middle + radius) * targets.intensity, -jnp.inf))
     angle = jnp.arctan2(2 * rc[chosen], rr[chosen] - cc[chosen]) / 2
-    least, largest = (2 * s * sigma.mean() for s in _SPLIT)
+    least, largest = (2 * s * psf.width.mean().astype(residual.dtype) for s in _SPLIT)
     half = jnp.sqrt(jnp.clip((middle + radius)[chosen], least**2, largest**2))
     offset = half * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
     centre, energy = targets.position[chosen], targets.intensity[chosen] / 2

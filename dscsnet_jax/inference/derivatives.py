@@ -30,11 +30,11 @@ class Quadratic(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Derivatives of the expected counts by `theta`, each a product of one along rows and cols.
+    """Derivatives of the expected counts by `theta`, sums of products along rows and cols.
 
     Attributes:
-      along_row: (N, 3K+1, ...) counts.
-      along_col: (M, 3K+1, ...).
+      along_row: (R, N, 3K+1, ...) counts.
+      along_col: (R, M, 3K+1, ...).
     """
 
     along_row: jax.Array
@@ -42,11 +42,25 @@ class Shapes(NamedTuple):
 
     def products(self, slope: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`J^T slope` and `J^T weight J` for images (N, M, ...)."""
-        rows, cols = self.along_row, self.along_col
+        if len(self.along_row) > 1:
+            return self._of_several(slope, weight)
+        rows, cols = self.along_row[0], self.along_col[0]
         number = range(cols.shape[0])
         once = sum_of(slope[:, m, None] * cols[m] for m in number)
         twice = sum_of(weight[:, m, None, None] * (cols[m][:, None] * cols[m]) for m in number)
         return sum_leading(rows * once), sum_leading(rows[:, :, None] * rows[:, None] * twice)
+
+    def _of_several(self, slope: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`products` of several terms, whose images are made first."""
+        number = range(self.along_col.shape[1])
+        images = [
+            sum_of(row * col[m][None] for row, col in zip(*self, strict=True)) for m in number
+        ]
+        once = sum_of(slope[:, m, None] * images[m] for m in number)
+        twice = sum_of(
+            weight[:, m, None, None] * images[m][:, :, None] * images[m][:, None] for m in number
+        )
+        return sum_leading(once), sum_leading(twice)
 
 
 class PriorTerms(NamedTuple):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from dscsnet_jax.inference.changes import closest_pair
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.prior import Known
-from dscsnet_jax.physics.optics import psf_sigma
 
 NEAR, DOUBTED = 1, 2
 """Degrees of doubt."""
@@ -30,7 +29,7 @@ def doubt(best: Fit, known: Known) -> jax.Array:
     freedom = jnp.maximum(best.num_pixels - 3 * mask.sum(-1), 1).astype(intensity.dtype)
     unexplained = best.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2 * freedom)
     weak = mask & ~(intensity > _DOUBTFUL_SNR * best.std[..., 2])
-    close = closest_pair(best.targets)[0] < _CLOSE * psf_sigma(known.sigma).mean()
+    close = closest_pair(best.targets)[0] < _CLOSE * known.psf.width.mean()
     doubted = unexplained | weak.any(-1) | ~best.converged
     if known.prior.intensity is not None:
         doubted |= _unlikely(best, known)

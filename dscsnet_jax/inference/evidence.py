@@ -22,7 +22,6 @@ from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
 from dscsnet_jax.inference.theta import pairs_of, present_of, spread, theta_of
-from dscsnet_jax.physics.optics import psf_sigma
 from dscsnet_jax.physics.targets import Targets
 
 _QUARTIC = 1.35 / 2 * (3 / (16 * np.pi)) ** 0.5
@@ -90,7 +89,7 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
     both = model.mask[:, None] & model.mask[None]
     share = jnp.where(both, 1 / jnp.maximum(model.mask.sum(0), 1).astype(theta.dtype), 0)
     energy = 12.0 if prior.intensity is None else 0.0  # `v` has a prior of its own
-    sigma = psf_sigma(model.known.sigma)
+    sigma = model.known.psf.width
     width = jnp.sqrt(sigma[0] * sigma[1])
     targets = model.unpack(theta)
     intensity = jnp.maximum(targets.intensity, 0)

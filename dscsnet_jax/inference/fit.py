@@ -98,10 +98,11 @@ def fit(
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
-      >>> y = render(from_lists([[(5.1, 5.2, 200.0)]]), frame_size=11, sigma=0.5)
+      >>> y = render(from_lists([[(5.1, 5.2, 200.0)]]), frame_size=11, psf=0.5)
       >>> guess = from_lists([[(5.0, 5.0, 150.0)]])
-      >>> best = fit(observe(y, noise=1.0, background=0.0), guess, Known(sigma=0.5))
+      >>> best = fit(observe(y, noise=1.0, background=0.0), guess, Known(psf=Gaussian(0.5)))
       >>> [round(float(x), 3) for x in best.targets.position[0, 0]], bool(best.converged[0])
       ([5.1, 5.2], True)
 

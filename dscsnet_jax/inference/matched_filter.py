@@ -6,38 +6,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.physics import optics
+from dscsnet_jax.physics.psf import Psf
 
 SUBPIXELS = 3
 """Places per pixel side that are looked at."""
 
 
-def matched_filter(
-    residual: jax.Array, weight: jax.Array, sigma: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def matched_filter(residual: jax.Array, weight: jax.Array, psf: Psf) -> tuple[jax.Array, jax.Array]:
     """Energy and signal-to-noise ratio of a further target at every third of a pixel.
 
     Args:
       residual: (N, M) frame minus model, counts.
       weight: (N, M) one over the variance of the pixels; 0: not used.
-      sigma: PSF standard deviation, pixels, a number or (2,).
+      psf: of the target.
 
     Returns:
       Energies (3N, 3M), counts, and their ratios to their errors; place `i` is at pixel
       `(i - 1) / 3`.
     """
-    responses = [
-        optics.point_response(places(num).astype(residual.dtype), num, width)
-        for num, width in zip(residual.shape, optics.psf_sigma(sigma), strict=True)
-    ]
+    terms = psf.terms()
+    in_row, in_col = (
+        terms.responses(axis, jnp.asarray(places(num), residual.dtype), num)
+        for axis, num in enumerate(residual.shape)
+    )
 
-    def correlate(image: jax.Array, power: int) -> jax.Array:
-        in_row, in_col = (r**power for r in responses)
-        return jnp.einsum("pi,ij,qj->pq", in_row, image, in_col, precision="highest")
+    def correlate(image: jax.Array, along_row: jax.Array, along_col: jax.Array) -> jax.Array:
+        return jnp.einsum("tip,ij,tjq->pq", along_row, image, along_col, precision="highest")
 
-    information = correlate(weight, 2)
+    def squared(along: jax.Array) -> jax.Array:
+        """Products of all pairs of terms: those of the PSF's square."""
+        return (along[:, None] * along[None]).reshape(-1, *along.shape[1:])
+
+    information = correlate(weight, squared(in_row), squared(in_col))
     seen = information > 0
-    signal = correlate(weight * residual, 1)
+    signal = correlate(weight * residual, in_row, in_col)
     divisor = jnp.where(seen, information, 1)
     return jnp.where(seen, signal / divisor, 0), jnp.where(seen, signal * jax.lax.rsqrt(divisor), 0)
 

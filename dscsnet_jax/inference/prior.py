@@ -54,12 +54,12 @@ class Known:
     """What is known before a frame is seen.
 
     Attributes:
-      sigma: PSF standard deviation, pixels, a number or (2,) of row and col.
+      psf: of the optics, a `physics.psf.Psf`.
       gain: electrons per count of the shot noise; None: no shot noise.
       prior: of the scene.
     """
 
-    sigma: Any
+    psf: Any
     gain: Any = None
     prior: ScenePrior = ScenePrior()
 

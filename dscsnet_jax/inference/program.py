@@ -72,12 +72,13 @@ def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array)
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(3.0, 2.6, 240.0), (3.1, 3.4, 200.0)]])
-      >>> y = render(truth, frame_size=7, sigma=0.5)
+      >>> y = render(truth, frame_size=7, psf=0.5)
       >>> guess = from_lists([[(3.0, 3.0, 400.0)]], max_targets=3)
       >>> windows = observe(y, noise=1.0, background=0.0)
-      >>> answer = jax.jit(estimate)(windows, guess, Known(sigma=0.5), jax.random.key(0))
+      >>> answer = jax.jit(estimate)(windows, guess, Known(psf=Gaussian(0.5)), jax.random.key(0))
       >>> sorted(round(float(col), 1) for col in answer.posterior.targets.position[0, :2, 1])
       [2.6, 3.4]
     """

@@ -16,7 +16,6 @@ proper one, the streams of two windows are independent, and no answer depends on
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -94,11 +93,12 @@ def sample(
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 5.0, 200.0)]])
-      >>> y = render(truth, frame_size=11, sigma=0.5)
+      >>> y = render(truth, frame_size=11, psf=0.5)
       >>> seen = observe(y, noise=2.0, background=0.0)
-      >>> answer = jax.jit(sample)(seen, truth, Known(sigma=0.5), jax.random.key(0))
+      >>> answer = jax.jit(sample)(seen, truth, Known(psf=Gaussian(0.5)), jax.random.key(0))
       >>> answer.targets.position[0, 0].round(1).tolist(), round(float(answer.std[0, 0, 0]), 2)
       ([5.0, 5.0], 0.02)
 
@@ -309,9 +309,8 @@ def turn(
             return jnp.zeros(theta.shape[1:], theta.dtype)
 
         def widened(log_factor: jax.Array) -> jax.Array:
-            sigma = model.known.sigma * jnp.exp(log_factor)
-            known = dataclasses.replace(model.known, sigma=sigma)
-            return dataclasses.replace(model, known=known).log_likelihood(theta)
+            psf = model.known.psf.widened(jnp.exp(log_factor))
+            return model.with_psf(psf).log_likelihood(theta)
 
         zero, one = jnp.zeros((), theta.dtype), jnp.ones((), theta.dtype)
         return jax.jvp(widened, (zero,), (one,))[1]

@@ -16,6 +16,7 @@ further axes behind: none for one window, chains and windows for the sampler.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,7 @@ from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.places import Square, log_sequential
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.theta import pairs_of, parts_of, spread, theta_of, with_jacobian
-from dscsnet_jax.physics.limits import point_response_derivative
-from dscsnet_jax.physics.optics import point_response, psf_sigma
+from dscsnet_jax.physics.psf import Psf, Terms
 from dscsnet_jax.physics.targets import Targets
 
 SOFT, HARD = 0.03, 0.0005
@@ -51,6 +51,7 @@ class SceneModel:
       seen: the pixels.
       mask: (K, ...) targets present.
       known: PSF, gain and scene prior.
+      terms: of the PSF.
       scale: (...,) counts of the window above its level: the most a target can have.
       censors: whether any pixel of the batch is saturated; not batched, so that the
         censored likelihood costs nothing where there are none.
@@ -62,10 +63,16 @@ class SceneModel:
     seen: Observation
     mask: jax.Array
     known: Known
+    terms: Terms
     scale: jax.Array
     censors: jax.Array
     softness: float = flax.struct.field(pytree_node=False)
     uniform: bool = flax.struct.field(pytree_node=False)
+
+    def with_psf(self, psf: Psf) -> SceneModel:
+        """The same with another PSF."""
+        known = dataclasses.replace(self.known, psf=psf)
+        return dataclasses.replace(self, known=known, terms=psf.terms())
 
     def intensity(self, v: jax.Array) -> jax.Array:
         """Intensities of `v`, counts."""
@@ -175,8 +182,8 @@ class SceneModel:
         row, col, v, _ = parts_of(theta)
         in_row, in_col = self._responses(row, col)
         in_col = in_col * jnp.where(self.mask, self.intensity(v), 0)
-        slots = range(self.mask.shape[0])
-        return sum_of(in_row[:, None, k] * in_col[None, :, k] for k in slots)
+        slots = [(r, k) for r in range(len(in_row)) for k in range(self.mask.shape[0])]
+        return sum_of(in_row[r, :, None, k] * in_col[r, None, :, k] for r, k in slots)
 
     def variance(self, source: jax.Array, t: jax.Array | float = 0.0) -> tuple[jax.Array, Any]:
         """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`."""
@@ -199,20 +206,24 @@ class SceneModel:
     def _derivatives(self, theta: jax.Array) -> tuple[Shapes, PriorTerms]:
         """Those of the expected counts, and of the prior."""
         row, col, v, _ = parts_of(theta)
-        in_row, in_col = self._responses(row, col)
-        sigma, shape = psf_sigma(self.known.sigma), self.seen.counts.shape
-        by_row, by_col = (
-            point_response_derivative(place, shape[axis], sigma[axis], axis=0).astype(theta.dtype)
-            for axis, place in enumerate((row, col))
-        )
+        (in_row, in_col), (by_row, by_col) = (self._responses(row, col, order) for order in (0, 1))
         energy = jnp.where(self.mask, self.intensity(v), 0)
         slope = jnp.where(self.mask, self.intensity_slope(v), 0)
         one = jnp.ones_like(theta[-1])
-        rows = zip(by_row * energy, in_row * energy, in_row * slope, strict=True)
-        cols = zip(in_col, by_col, in_col, strict=True)
-        along_row = jnp.stack([theta_of(*along, one * self.seen.background_std) for along in rows])
-        along_col = jnp.stack([theta_of(*along, one) for along in cols])
-        return Shapes(along_row, along_col), self._prior(theta)
+
+        none = [0 * one] * (len(in_row) - 1)  # the level goes with the first term
+
+        def along(levels: list[jax.Array], *parts: jax.Array) -> jax.Array:
+            """(R, N, 3K+1, ...) of parts (R, N, K, ...)."""
+            terms = (
+                [theta_of(a, b, c, level) for a, b, c in zip(*term, strict=True)]
+                for level, *term in zip(levels, *parts, strict=True)
+            )
+            return jnp.stack([jnp.stack(term) for term in terms])
+
+        rows = by_row * energy, in_row * energy, in_row * slope
+        along_row = along([one * self.seen.background_std, *none], *rows)
+        return Shapes(along_row, along([one, *none], in_col, by_col, in_col)), self._prior(theta)
 
     def _prior(self, theta: jax.Array) -> PriorTerms:
         """Minus the log prior's cost and derivatives, by the structure of its rows."""
@@ -245,11 +256,13 @@ class SceneModel:
                 information += d[:, None] * d[None]
         return PriorTerms(jnp.concatenate(cost), gradient, information)
 
-    def _responses(self, row: jax.Array, col: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(N, K, ...) and (M, K, ...) responses along the axes."""
-        sigma, shape = psf_sigma(self.known.sigma).astype(row.dtype), self.seen.counts.shape
-        in_row = point_response(row, shape[0], sigma[0], axis=0)
-        return in_row, point_response(col, shape[1], sigma[1], axis=0)
+    def _responses(
+        self, row: jax.Array, col: jax.Array, order: int = 0
+    ) -> tuple[jax.Array, jax.Array]:
+        """(R, N, K, ...) and (R, M, K, ...) responses along the axes, or their derivatives."""
+        rows, cols = self.seen.counts.shape[:2]
+        in_row = self.terms.responses(0, row, rows, order=order)
+        return in_row, self.terms.responses(1, col, cols, order=order)
 
     def _own_rows(self, theta: jax.Array) -> list[jax.Array]:
         """Residuals of the prior, (3K+1, ...), each of its own parameter alone."""
@@ -343,7 +356,7 @@ def scene_model(
     """
     known = jax.tree.map(lambda a: jnp.asarray(a, seen.counts.dtype), known)
     scale, censors = pixels.all_counts(seen, known.gain), seen.saturated.any()
-    return SceneModel(seen, mask, known, scale, censors, softness, uniform)
+    return SceneModel(seen, mask, known, known.psf.terms(), scale, censors, softness, uniform)
 
 
 def _flat(image: jax.Array) -> jax.Array:

@@ -86,11 +86,11 @@ def geometry_of(operator: SensingOperator) -> Geometry:
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> geometry_of(sensing_operator(11, division=3, sigma=0.5))
+      >>> geometry_of(sensing_operator(11, division=3, psf=0.5))
       Geometry(frame_size=(11, 11), division=3, sigma=(0.5, 0.5))
     """
     # The shortest number that is this float32: 0.7, not 0.699999988079071.
-    row, col = (float(str(value)) for value in np.asarray(operator.sigma))
+    row, col = (float(str(value)) for value in np.asarray(operator.psf.width))
     return Geometry(operator.frame_shape, operator.division, (row, col))
 
 
@@ -109,7 +109,7 @@ def check_geometry(metadata: Metadata, operator: SensingOperator) -> None:
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
       >>> trained = Metadata("dscsnet", {}, Geometry((11, 11), 3, (0.5, 0.5)))
-      >>> check_geometry(trained, sensing_operator(20, division=5, sigma=0.5))
+      >>> check_geometry(trained, sensing_operator(20, division=5, psf=0.5))
       Traceback (most recent call last):
       ValueError: the dscsnet weights were trained for division 3, sigma (0.5, 0.5); the
       operator has division 5, sigma (0.5, 0.5)

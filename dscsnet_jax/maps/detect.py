@@ -45,9 +45,10 @@ def detect(
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
-      >>> y = render(from_lists([[(3.0, 7.0, 200.0)]]), frame_size=11, sigma=0.5)
-      >>> found = detect(observe(y, noise=1.0), Known(sigma=0.5), max_targets=4)
+      >>> y = render(from_lists([[(3.0, 7.0, 200.0)]]), frame_size=11, psf=0.5)
+      >>> found = detect(observe(y, noise=1.0), Known(psf=Gaussian(0.5)), max_targets=4)
       >>> found.count.tolist(), found.position[0, 0].tolist()
       ([1], [3.0, 7.0])
     """
@@ -56,7 +57,7 @@ def detect(
         residual = jnp.where(seen.valid, seen.counts - seen.neighbours - seen.level, 0)
         spread = variance(seen, known.gain, jnp.zeros_like(seen.counts))[0]
         weight = jnp.where(seen.valid, 1 / spread, 0)
-        energy, ratio = matched_filter(residual, weight, known.sigma)
+        energy, ratio = matched_filter(residual, weight, known.psf)
         highest = _largest_nearby(ratio)
         # Of equal neighbours the first in the order of the places is the peak.
         order = -jnp.arange(ratio.size, dtype=ratio.dtype).reshape(ratio.shape)

@@ -49,7 +49,7 @@ def check_width(weights: Weights, width: np.ndarray) -> None:
             f"got {width.tolist()}"
         )
     geometry = weights.metadata.geometry
-    operator = _operator((3, 3), division=geometry.division, sigma=width.astype(np.float32))
+    operator = _operator((3, 3), division=geometry.division, psf=width.astype(np.float32))
     check_geometry(weights.metadata, operator)
 
 
@@ -73,7 +73,7 @@ def read_maps(
     geometry = weights.metadata.geometry
     network = network_of(weights)
     nominal = np.asarray(geometry.sigma, np.float32)
-    operator = _operator(y.shape[1:], division=geometry.division, sigma=nominal)
+    operator = _operator(y.shape[1:], division=geometry.division, psf=nominal)
     model = _Model(network, jax.device_put(weights.params), operator)
     noise = np.asarray(pixel_std(observation, known.gain), np.float32)
     scale = np.asarray(network.scale(jnp.asarray(y), jnp.asarray(noise))) if len(y) else noise
@@ -146,10 +146,10 @@ def _large_map(
     model: _Model, frame: np.ndarray, noise: np.ndarray, scale: np.ndarray
 ) -> np.ndarray:
     """Map of one frame that is larger than a tile; all tiles are scaled as the frame is."""
-    division, sigma = model.operator.division, model.operator.sigma
+    division, psf = model.operator.division, model.operator.psf
 
     def make_map(tiles: np.ndarray) -> np.ndarray:
-        local = _operator(tiles.shape[1:], division=division, sigma=sigma)
+        local = _operator(tiles.shape[1:], division=division, psf=psf)
         parts = []
         for batch in _batches(tiles, _TILE_BATCH):
             levels = [np.full(len(batch), value, np.float32) for value in (noise, scale)]

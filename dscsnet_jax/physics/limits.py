@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from dscsnet_jax.physics import grid, optics
+from dscsnet_jax.physics.psf import Psf, as_psf
 from dscsnet_jax.physics.scene import Preset
 from dscsnet_jax.physics.sensor import Sensor, is_saturated, variance
 from dscsnet_jax.physics.targets import Targets
@@ -39,38 +40,11 @@ class Bounds(NamedTuple):
     intensity_std: jax.Array
 
 
-def point_response_derivative(
-    position: ArrayLike, num_pixels: int, sigma: ArrayLike, *, axis: int = -1
-) -> jax.Array:
-    """Derivative of `optics.point_response` with respect to the position.
-
-    The derivative of a difference of error functions is a difference of Gaussians:
-    `dR[i]/dp = g(i - 1/2 - p) - g(i + 1/2 - p)`, `g(t) = exp(-t^2/(2 s^2)) / (s sqrt(2 pi))`.
-
-    Args:
-      position: (...,) coordinate of the points, pixels.
-      num_pixels: detector pixels along the axis, `N`.
-      sigma: standard deviation of the Gaussian PSF along the axis, pixels.
-      axis: where the pixels' axis goes, -1 or 0.
-
-    Returns:
-      (..., N) derivative (or (N, ...)), 1 / pixel.
-
-    Example:
-      >>> [round(float(v), 3) for v in point_response_derivative(0.8, 3, 0.5)]
-      [-0.639, 0.367, 0.297]
-    """
-    position = jnp.asarray(position)
-    dtype = jnp.promote_types(position.dtype, jnp.float32)
-    width = jnp.asarray(sigma, dtype)
-    edges = optics.pixel_edges(num_pixels, position.ndim, axis, dtype)
-    scaled = (edges - jnp.expand_dims(position.astype(dtype), axis)) / width
-    density = jnp.exp(-(scaled**2) / 2) / (width * (2 * np.pi) ** 0.5)
-    return -jnp.diff(density, axis=axis)
-
-
 def render_jacobian(
-    targets: Targets, *, frame_size: int | tuple[int, int], sigma: ArrayLike | tuple[float, float]
+    targets: Targets,
+    *,
+    frame_size: int | tuple[int, int],
+    psf: Psf | ArrayLike | tuple[float, float],
 ) -> jax.Array:
     """Derivative of the expected frame `optics.render` by every target's parameters.
 
@@ -79,27 +53,28 @@ def render_jacobian(
     Args:
       targets: `Targets` of shapes (..., K, 2), (..., K), (..., K).
       frame_size: detector pixels per side, `N`, or (rows, cols).
-      sigma: PSF standard deviation, pixels; a number or (sigma_row, sigma_col).
+      psf: a `Psf`; a number or a pair are the widths of a Gaussian one, pixels.
 
     Returns:
       (..., 3K, N, M): counts per pixel, counts per pixel, 1; zero for padded slots.
 
     Example:
       >>> from dscsnet_jax.physics.targets import from_lists
-      >>> render_jacobian(from_lists([[(5.0, 5.0, 9.0)]]), frame_size=11, sigma=0.5).shape
+      >>> render_jacobian(from_lists([[(5.0, 5.0, 9.0)]]), frame_size=11, psf=0.5).shape
       (1, 3, 11, 11)
     """
     rows, cols = grid.frame_shape(frame_size)
-    width = optics.psf_sigma(sigma)
+    terms = as_psf(psf).terms()
     row, col = jnp.moveaxis(jnp.asarray(targets.position), -1, 0)
     intensity = jnp.where(targets.mask, targets.intensity, 0)
     present = jnp.asarray(targets.mask, intensity.dtype)
-    in_row = optics.point_response(row, rows, width[0])
-    in_col = optics.point_response(col, cols, width[1])
-    along_row = jnp.stack((point_response_derivative(row, rows, width[0]), in_row, in_row), -2)
-    along_col = jnp.stack((in_col, point_response_derivative(col, cols, width[1]), in_col), -2)
-    factor = jnp.stack((intensity, intensity, present), -1)[..., None, None]
-    jacobian = factor * along_row[..., :, None] * along_col[..., None, :]
+    in_row, by_row = (terms.responses(0, row, rows, order=order) for order in (0, 1))
+    in_col, by_col = (terms.responses(1, col, cols, order=order) for order in (0, 1))
+    along_row = jnp.stack((by_row, in_row, in_row), -1)
+    along_col = jnp.stack((in_col, by_col, in_col), -1)
+    factor = jnp.stack((intensity, intensity, present), -1)
+    shapes = jnp.einsum("ri...p,rj...p->...pij", along_row, along_col, precision="highest")
+    jacobian = factor[..., None, None] * shapes
     return jacobian.reshape(*row.shape[:-1], 3 * row.shape[-1], rows, cols)
 
 
@@ -107,7 +82,7 @@ def information_root(
     targets: Targets,
     *,
     frame_size: int | tuple[int, int],
-    sigma: ArrayLike | tuple[float, float],
+    psf: Psf | ArrayLike | tuple[float, float],
     sensor: Sensor,
     position_prior_variance: ArrayLike = np.inf,
     intensity_prior_variance: ArrayLike = np.inf,
@@ -129,7 +104,7 @@ def information_root(
     Args:
       targets: `Targets` of shapes (..., K, 2), (..., K), (..., K).
       frame_size: detector pixels per side, `N`, or (rows, cols).
-      sigma: PSF standard deviation, pixels; a number or (sigma_row, sigma_col).
+      psf: a `Psf`; a number or a pair are the widths of a Gaussian one, pixels.
       sensor: the `Sensor` that records the frame.
       position_prior_variance: pixels squared, of row and of col (`w^2/12` for a uniform
         range of width `w`); inf: no prior.
@@ -145,7 +120,7 @@ def information_root(
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> targets = from_lists([[(5.0, 5.0, 100.0)]])
       >>> root = information_root(
-      ...     targets, frame_size=11, sigma=0.5, sensor=Sensor(read_noise=2.0))
+      ...     targets, frame_size=11, psf=0.5, sensor=Sensor(read_noise=2.0))
       >>> round(float(cramer_rao(root, targets.mask).intensity_std[0, 0]), 3)
       3.879
 
@@ -153,12 +128,12 @@ def information_root(
       H. L. van Trees, Detection, Estimation, and Modulation Theory, part I, 1968.
     """
     _require_noise(sensor)
-    expected = optics.render(targets, frame_size=frame_size, sigma=sigma)
+    expected = optics.render(targets, frame_size=frame_size, psf=psf)
     noise, dtype = variance(sensor, expected), expected.dtype
     # Shot noise alone has no variance where nothing is expected, and nothing to tell.
     counts = (noise > 0) & ~is_saturated(sensor, expected + jnp.asarray(sensor.offset, dtype))
     weight = jnp.where(counts, jax.lax.rsqrt(jnp.where(counts, noise, 1)), 0)
-    jacobian = render_jacobian(targets, frame_size=frame_size, sigma=sigma)
+    jacobian = render_jacobian(targets, frame_size=frame_size, psf=psf)
     whitened = (jacobian * weight[..., None, :, :]).reshape(*jacobian.shape[:-2], -1)
     mask = jnp.repeat(jnp.asarray(targets.mask), 3, axis=-1)
     prior = _prior_root(position_prior_variance, intensity_prior_variance).astype(dtype)
@@ -172,7 +147,7 @@ def fisher_information(
     targets: Targets,
     *,
     frame_size: int | tuple[int, int],
-    sigma: ArrayLike | tuple[float, float],
+    psf: Psf | ArrayLike | tuple[float, float],
     sensor: Sensor,
     position_prior_variance: ArrayLike = np.inf,
     intensity_prior_variance: ArrayLike = np.inf,
@@ -187,14 +162,14 @@ def fisher_information(
     Example:
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> info = fisher_information(from_lists([[(5.0, 5.0, 100.0)]]),
-      ...                           frame_size=11, sigma=0.5, sensor=Sensor(read_noise=2.0))
+      ...                           frame_size=11, psf=0.5, sensor=Sensor(read_noise=2.0))
       >>> round(float(info[0, 2, 2]), 3)
       0.066
     """
     root = information_root(
         targets,
         frame_size=frame_size,
-        sigma=sigma,
+        psf=psf,
         sensor=sensor,
         position_prior_variance=position_prior_variance,
         intensity_prior_variance=intensity_prior_variance,
@@ -217,7 +192,7 @@ def cramer_rao(root: jax.Array, mask: jax.Array) -> Bounds:
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> targets = from_lists([[(5.0, 5.0, 100.0)], [(5.0, 5.0, 100.0), (5.0, 5.0, 90.0)]])
       >>> root = information_root(
-      ...     targets, frame_size=11, sigma=0.5, sensor=Sensor(read_noise=2.0))
+      ...     targets, frame_size=11, psf=0.5, sensor=Sensor(read_noise=2.0))
       >>> print(cramer_rao(root, targets.mask).row_std.round(4))
       [[0.0415    inf]
        [   inf    inf]]
@@ -306,7 +281,7 @@ def preset_limit(key: jax.Array, targets: Targets, preset: Preset) -> Targets:
     root = information_root(
         targets,
         frame_size=preset.frame_size,
-        sigma=preset.sigma,
+        psf=preset.sigma,
         sensor=preset.sensor,
         position_prior_variance=(last - first) ** 2 / 12,
         intensity_prior_variance=(high - low) ** 2 / 12,

@@ -175,7 +175,7 @@ def simulate(preset: Preset, keys: jax.Array) -> Scene:
         targets = sample_targets(preset.cluster, preset.frame_size, target_key)
         if preset.variation is not None:
             return _varied(preset, preset.variation, targets, sensor_key)
-        expected = optics.render(targets, frame_size=preset.frame_size, sigma=preset.sigma)
+        expected = optics.render(targets, frame_size=preset.frame_size, psf=preset.sigma)
         frame = expose(preset.sensor, sensor_key, expected)
         noise = jnp.sqrt(variance(preset.sensor, jnp.float32(0)))
         return Scene(targets, frame, jnp.asarray(preset.sensor.offset, noise.dtype), noise)
@@ -201,7 +201,7 @@ def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array)
     plain = Sensor(
         offset=between(2, varied.offset), read_noise=jnp.maximum(between(3, varied.read_noise), 0)
     )
-    expected = optics.render(targets, frame_size=preset.frame_size, sigma=between(4, varied.sigma))
+    expected = optics.render(targets, frame_size=preset.frame_size, psf=between(4, varied.sigma))
     eight_bit = dataclasses.replace(plain, saturation=255.0, quantised=True)
     is_digital = share[5] < varied.digital
     frame = jnp.where(

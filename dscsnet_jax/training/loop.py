@@ -332,7 +332,7 @@ class _Run:
 def _operator(preset: Preset) -> SensingOperator:
     # Networks train in single precision also where JAX is set to another.
     sigma = np.asarray(preset.sigma, np.float32)
-    return sensing_operator(preset.frame_size, division=preset.division, sigma=sigma)
+    return sensing_operator(preset.frame_size, division=preset.division, psf=sigma)
 
 
 def _progress() -> Progress:

@@ -292,7 +292,7 @@ def admm_lasso(
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> op = sensing_operator(5, division=3, sigma=0.5)
+      >>> op = sensing_operator(5, division=3, psf=0.5)
       >>> x = jnp.zeros((15, 15)).at[7, 7].set(100.0)
       >>> z = admm_lasso(op.apply(x), op, lam=0.1, num_iterations=200).x
       >>> bool(z.argmax() == x.argmax())
@@ -320,7 +320,7 @@ def precision(y: jax.Array, operator: SensingOperator) -> Any:
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> precision(jnp.zeros((5, 5), int), sensing_operator(5, division=3, sigma=0.5))
+      >>> precision(jnp.zeros((5, 5), int), sensing_operator(5, division=3, psf=0.5))
       dtype('float32')
     """
     return jnp.result_type(y, operator.response_row)

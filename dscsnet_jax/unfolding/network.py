@@ -240,7 +240,7 @@ class DSCSNet:
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> op = sensing_operator(11, division=3, sigma=0.5)
+      >>> op = sensing_operator(11, division=3, psf=0.5)
       >>> net = DSCSNet(NetworkConfig(iterations=2, channels=8))
       >>> params = net.init(jax.random.key(0), op)
       >>> net.apply(params, jnp.zeros((4, 11, 11)), op).x.shape

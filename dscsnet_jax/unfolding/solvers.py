@@ -121,9 +121,9 @@ def solve_lasso(
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
       >>> x = jnp.zeros((1, 15, 15)).at[0, 7, 7].set(100.0)
-      >>> y = sensing_operator(5, division=3, sigma=0.5).apply(x)
+      >>> y = sensing_operator(5, division=3, psf=0.5).apply(x)
       >>> def brightest(sigma):
-      ...     operator = sensing_operator(5, division=3, sigma=sigma)
+      ...     operator = sensing_operator(5, division=3, psf=sigma)
       ...     return solve_lasso(y, operator, lam=5.0).x.max()
       >>> value, slope = jax.jit(jax.value_and_grad(brightest))(0.5)
       >>> round(float(value), 1), bool(slope > 0)

@@ -36,7 +36,7 @@ def works(network: Network, frame_size: int, batch: int) -> dict[str, Work]:
     """One forward pass, and one training step, of a batch."""
     config = default_config()
     preset = get_preset(config.scene.preset, frame_size=frame_size)
-    operator = sensing_operator(frame_size, division=preset.division, sigma=preset.sigma)
+    operator = sensing_operator(frame_size, division=preset.division, psf=preset.sigma)
     optimiser = make_optimiser(num_steps=config.train.num_steps, **config.optimiser.to_dict())
     step, _ = data_parallel(
         lambda axis: make_step(
@@ -96,7 +96,7 @@ def main() -> None:
     if "dscsnet" in networks:
         networks["dscsnet"] = network_of(pretrained())
     made = {name: works(network, size, args.batch) for name, network in networks.items()}
-    operator = sensing_operator(size, division=3, sigma=0.5)
+    operator = sensing_operator(size, division=3, psf=0.5)
     for name, network in networks.items():
         shapes = jax.eval_shape(network.init, jax.random.key(0), operator)
         print(f"{name}: {num_parameters(shapes):,} parameters")

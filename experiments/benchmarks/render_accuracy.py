@@ -27,7 +27,7 @@ def main() -> None:
     folder = parser.parse_args().data
     split = read_csist(folder)
     integrated = np.load(folder / "frames_float64.npz")["frames"]
-    closed = optics.render(split.targets, frame_size=integrated.shape[1:], sigma=split.sigma)
+    closed = optics.render(split.targets, frame_size=integrated.shape[1:], psf=split.sigma)
     largest = np.abs(np.asarray(closed, np.float64) - integrated).max()
     print(
         f"render: at most {largest:.1e} counts from {len(integrated)} integrated frames of up to "

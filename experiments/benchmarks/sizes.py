@@ -27,7 +27,7 @@ DIVISIONS, SIDES = (3, 5, 7), (11, 22, 44, 64)
 def operator_of(preset: scene.Preset) -> SensingOperator:
     """The sensing operator of a preset's frames."""
     return sensing_operator(
-        preset.frame_size, division=preset.division, sigma=jnp.array(preset.sigma)
+        preset.frame_size, division=preset.division, psf=jnp.array(preset.sigma)
     )
 
 

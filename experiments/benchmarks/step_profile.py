@@ -79,7 +79,7 @@ def make_works(frame_size: int, batch: int) -> tuple[dict[str, Work], float]:
     """What is timed, by name, and the GFLOP of the forward pass."""
     config = default_config()
     preset = get_preset(config.scene.preset, frame_size=frame_size)
-    operator = sensing_operator(frame_size, division=preset.division, sigma=preset.sigma)
+    operator = sensing_operator(frame_size, division=preset.division, psf=preset.sigma)
     width = config.train.truth_width
     keys = frame_keys(0, "train", jnp.arange(batch))
 

@@ -41,7 +41,7 @@ def forward_pass(weights: Weights, y: np.ndarray) -> Callable[[], jax.Array]:
     """The jitted network on one batch that already lies on the device."""
     network, geometry = network_of(weights), weights.metadata.geometry
     operator = sensing_operator(
-        y.shape[1:], division=geometry.division, sigma=jnp.array(geometry.sigma)
+        y.shape[1:], division=geometry.division, psf=jnp.array(geometry.sigma)
     )
     forward = jax.jit(lambda params, y: network.apply(params, y, operator).x)
     params, batch = jax.device_put((weights.params, y))

@@ -35,7 +35,7 @@ def main() -> None:
         preset = get_preset(args.preset, sigma=TOLD * factor)
         scene = simulated(preset, seed=0, split="test", num=args.num)
         frames, truth = np.asarray(scene.frames), scene.targets
-        known = known_of(preset) | {"sigma": TOLD, "estimate": "map"}
+        known = known_of(preset) | {"psf": TOLD, "estimate": "map"}
         answer = unmix(frames, **known)
         scores = evaluate(answer.targets, truth)
         some = frames[: args.num_fit]

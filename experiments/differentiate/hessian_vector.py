@@ -33,9 +33,9 @@ Loss = Callable[[Any], jax.Array]
 def problem() -> tuple[SensingOperator, jax.Array, jax.Array]:
     """The operator, frames (B, N, N) and their true maps (B, cN, cN), counts."""
     truth = from_lists(SCENES)
-    y = render(truth, frame_size=SIDE, sigma=SIGMA)
+    y = render(truth, frame_size=SIDE, psf=SIGMA)
     x = grid_map(truth.position, truth.intensity, truth.mask, frame_size=SIDE, division=DIVISION)
-    return sensing_operator(SIDE, division=DIVISION, sigma=SIGMA), y, x
+    return sensing_operator(SIDE, division=DIVISION, psf=SIGMA), y, x
 
 
 def map_loss(

@@ -35,7 +35,7 @@ _peaks = jax.jit(partial(peak_centroids, division=DIVISION))
 
 def frames(seed: int = 0) -> jax.Array:
     """(B, N, N) noisy frames of `SCENES`."""
-    clean = render(from_lists(SCENES), frame_size=SIDE, sigma=SIGMA)
+    clean = render(from_lists(SCENES), frame_size=SIDE, psf=SIGMA)
     return clean + NOISE * np.random.default_rng(seed).normal(size=clean.shape).astype(clean.dtype)
 
 
@@ -65,7 +65,7 @@ def score(x: jax.Array, truth: Targets) -> float:
 
 def main() -> None:
     """Print both tables: means over the frames."""
-    operator = sensing_operator(SIDE, division=DIVISION, sigma=SIGMA)
+    operator = sensing_operator(SIDE, division=DIVISION, psf=SIGMA)
     y, truth = frames(), from_lists(SCENES)
     lams = jnp.array([1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0])
     path = jax.jit(lasso_path)(lams, y, operator)

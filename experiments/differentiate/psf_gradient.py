@@ -29,6 +29,7 @@ from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.maps.readout import peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 from dscsnet_jax.unfolding.solvers import solve_lasso
 
@@ -44,7 +45,7 @@ def exposures(num: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     half = rng.uniform(0.6, 1.0, (num, 1)) * np.stack([np.sin(angle), np.cos(angle)], -1)
     place = np.stack([middle - half, middle + half], 1)
     tables = np.concatenate([place, rng.uniform(220, 250, (num, 2, 1))], -1)
-    clean = render(from_lists(list(tables)), frame_size=SIDE, sigma=SIGMA)
+    clean = render(from_lists(list(tables)), frame_size=SIDE, psf=SIGMA)
     first, second = (clean + NOISE * rng.normal(size=clean.shape) for _ in range(2))
     return first, second
 
@@ -58,14 +59,14 @@ def prediction_loss(
     sigma: ArrayLike, first: jax.Array, second: jax.Array, method: Method
 ) -> jax.Array:
     """`mean (y_2 - Phi x(y_1))^2 / 2 noise^2`, with `Phi` and `x` of the width `sigma`."""
-    operator = sensing_operator(SIDE, division=DIVISION, sigma=sigma)
+    operator = sensing_operator(SIDE, division=DIVISION, psf=sigma)
     predicted = operator.apply(method(first, operator))
     return ((second - predicted) ** 2).mean() / (2 * NOISE**2)
 
 
 def starts(y: jax.Array, sigma: ArrayLike) -> Targets:
     """The peaks of the lasso's map at a first guess of the width, where the fits start."""
-    operator = sensing_operator(SIDE, division=DIVISION, sigma=sigma)
+    operator = sensing_operator(SIDE, division=DIVISION, psf=sigma)
     # Two fits in one place have no derivative: peaks keep a distance.
     return peak_centroids(
         lasso(y, operator), division=DIVISION, separation=0.8, max_targets=4
@@ -78,7 +79,7 @@ def evidence_loss(sigma: ArrayLike, y: jax.Array, start: Targets) -> jax.Array:
     It holds the determinant of the information: the likelihood alone would prefer narrow PSFs
     where targets are blended.
     """
-    seen, known = observe(y, noise=NOISE, background=0.0), Known(sigma)
+    seen, known = observe(y, noise=NOISE, background=0.0), Known(psf=Gaussian(sigma))
     return -log_evidence(fit(seen, start, known), seen, known).mean()
 
 

@@ -19,6 +19,7 @@ from dscsnet_jax.inference.fit import Fit, fit
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 SIDE, SIGMA, NOISE = 7, 0.5, 2.0
@@ -30,7 +31,7 @@ def estimates(frame: jax.Array, start: Targets) -> tuple[jax.Array, Fit]:
 
     One frame (N, M) of known noise and background; nothing is known of the scene.
     """
-    best = fit(observe(frame[None], noise=NOISE, background=0.0), start, Known(SIGMA))
+    best = fit(observe(frame[None], noise=NOISE, background=0.0), start, Known(psf=Gaussian(SIGMA)))
     found = best.targets
     return jnp.concatenate([found.position, found.intensity[..., None]], -1).reshape(-1), best
 
@@ -48,7 +49,7 @@ def propagated(s: jax.Array) -> jax.Array:
 def main() -> None:
     """Print the map of one estimate, both error bars, and the effect of a bad pixel."""
     truth = from_lists([PAIR])
-    clean = render(truth, frame_size=SIDE, sigma=SIGMA)[0]
+    clean = render(truth, frame_size=SIDE, psf=SIGMA)[0]
     noisy = clean + NOISE * np.random.default_rng(0).normal(size=clean.shape)
     measure = jax.jit(sensitivity)
     for name, frame in {"noise-free": clean, "noisy": noisy}.items():

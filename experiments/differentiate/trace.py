@@ -126,8 +126,8 @@ def show(title: str, trace: Measures) -> None:
 
 def main() -> None:
     """Print the traces of ADMM, FISTA and the pretrained network on the same frames."""
-    operator, truth = sensing_operator(SIDE, division=DIVISION, sigma=SIGMA), from_lists(SCENES)
-    y = render(truth, frame_size=SIDE, sigma=SIGMA)
+    operator, truth = sensing_operator(SIDE, division=DIVISION, psf=SIGMA), from_lists(SCENES)
+    y = render(truth, frame_size=SIDE, psf=SIGMA)
     y = y + NOISE * np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
     solution = solve_lasso(y, operator, lam=LAM, max_iterations=50_000).x
     args = (y, operator, LAM, solution)

@@ -144,5 +144,5 @@ def test_imported_weights_run(argv: list[str], tmp_path: Path) -> None:
     weights = load_weights(tmp_path / "w.safetensors")
     network = network_of(weights)
     y = jax.ShapeDtypeStruct((1, 4, 4), np.float32)
-    operator = jax.eval_shape(lambda: sensing_operator(4, division=3, sigma=0.5))
+    operator = jax.eval_shape(lambda: sensing_operator(4, division=3, psf=0.5))
     assert jax.eval_shape(network.apply, weights.params, y, operator).x.shape == (1, 12, 12)

@@ -24,7 +24,7 @@ MOST, ROOM = 11, 7.0
 
 def frames_of(tables: list[Any], side: int, seed: int = 0) -> np.ndarray:
     truth = from_lists([table.tolist() for table in tables])
-    clean = jax.jit(lambda t: render(t, frame_size=side, sigma=0.5))(truth)
+    clean = jax.jit(lambda t: render(t, frame_size=side, psf=0.5))(truth)
     rng = np.random.default_rng(seed)
     return np.asarray(clean) + 10 + rng.normal(0, 1, clean.shape)
 

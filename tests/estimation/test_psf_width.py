@@ -13,12 +13,13 @@ from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, preset_prior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 NOISY = scene.get_preset("csist_noise")
 FRAMES, NOISE = 32, 5.0
 TRUE = np.array([0.47, 0.53], np.float32)
-KNOWN = Known(TRUE, prior=preset_prior(NOISY))
+KNOWN = Known(psf=Gaussian(TRUE), prior=preset_prior(NOISY))
 
 jit_simulate = jax.jit(scene.simulate, static_argnums=0)
 jit_observe = jax.jit(partial(observe, noise=NOISE, background=0.0))
@@ -28,7 +29,7 @@ jit_observe = jax.jit(partial(observe, noise=NOISE, background=0.0))
 def noisy() -> tuple[Observation, Targets]:
     """Frames of clusters whose PSF is wider in cols than in rows."""
     truth = jit_simulate(NOISY, scene.frame_keys(9, "val", np.arange(FRAMES))).targets
-    clean = np.asarray(jax.jit(partial(render, frame_size=11, sigma=TRUE))(truth))
+    clean = np.asarray(jax.jit(partial(render, frame_size=11, psf=TRUE))(truth))
     noise = np.random.default_rng(0).normal(0, NOISE, clean.shape)
     seen = jit_observe(np.float32(clean + noise))
     return jax.tree.map(np.asarray, (seen, truth))

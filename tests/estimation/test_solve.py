@@ -18,11 +18,12 @@ from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.sensor import Sensor
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 NOISY = scene.get_preset("csist_noise")
-KNOWN = Known(np.full(2, 0.5, np.float32), prior=preset_prior(NOISY))
+KNOWN = Known(psf=Gaussian(np.full(2, 0.5, np.float32)), prior=preset_prior(NOISY))
 LOW, HIGH = 220.0, 250.0
 NOISE, LEVEL = 5.0, 10.0
 FRAMES, SLOTS = 32, 8
@@ -229,7 +230,7 @@ def test_light_of_neighbouring_groups_is_told_and_not_taken_away(
         return run(function, w, *shared)
 
     monkeypatch.setattr(solving, "_run", watched)
-    known = Known(np.full(2, 0.5, np.float32), gain=np.float32(1))
+    known = Known(psf=Gaussian(np.full(2, 0.5, np.float32)), gain=np.float32(1))
     start = flat(from_lists([table] * FRAMES, SLOTS))
     answer = solve(observation, start, known, max_targets=SLOTS, estimate="map", fixed_count=True)
     (windows,) = given

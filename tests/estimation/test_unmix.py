@@ -28,10 +28,10 @@ KNOWN = known_of(CSIST)
 BATCH = 8  # the network is compiled once: every set of frames is filled up to this many
 PAIR = [(5.0, 4.6, 200.0), (5.3, 5.6, 150.0)]
 
-jit_render_wide = jax.jit(partial(render, frame_size=11, sigma=0.7))
+jit_render_wide = jax.jit(partial(render, frame_size=11, psf=0.7))
 in_map = partial(unmix, estimate="map")
 on_grid = partial(unmix, method="grid")
-jit_render = jax.jit(partial(render, frame_size=11, sigma=0.5))
+jit_render = jax.jit(partial(render, frame_size=11, psf=0.5))
 
 
 def frames_of(tables: list, noise: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -356,13 +356,13 @@ def test_row21_another_psf() -> None:
     wide = jit_render_wide(from_lists([[(5.0, 4.7, 240.0), (5.2, 6.6, 200.0)]]))
     frames = np.asarray(wide) + np.random.default_rng(0).normal(size=(1, 11, 11))
     with pytest.raises(ValueError, match=r"0\.5.*0\.7"):
-        unmix(frames, sigma=0.7, weights="csist_c3", method="grid")
+        unmix(frames, psf=0.7, weights="csist_c3", method="grid")
     with pytest.warns(UserWarning, match=r"0\.45.*0\.55.*0\.7.*detection"):
-        answer = in_map(frames, sigma=0.7, noise=1.0, background=0.0)
+        answer = in_map(frames, psf=0.7, noise=1.0, background=0.0)
     assert answer.start.tolist() == ["detection"]
     assert answer.targets.count.tolist() == [2]
     np.testing.assert_allclose(answer.targets.position[0, :2], [[5, 4.7], [5.2, 6.6]], atol=0.05)
-    assert in_map(np.zeros((11, 11)), sigma=0.7, method="greedy").start.tolist() == ["detection"]
+    assert in_map(np.zeros((11, 11)), psf=0.7, method="greedy").start.tolist() == ["detection"]
 
 
 def test_row33_ragged_batches_score_every_frame(csist: tuple[Targets, np.ndarray]) -> None:
@@ -407,11 +407,11 @@ def test_row36_large_frame_in_tiles_as_in_one_piece() -> None:
     first = centre + rng.uniform(-0.3, 0.3, centre.shape)
     table = np.concatenate([first, first + np.array([0.45, 0.5])])
     table = np.column_stack([table, rng.uniform(220, 250, len(table))])
-    frame = np.round(render(from_lists([table]), frame_size=shape, sigma=0.5))
+    frame = np.round(render(from_lists([table]), frame_size=shape, psf=0.5))
     tiled = to_lists(on_grid(frame, weights="csist_c3").targets)[0]
 
     weights = pretrained("csist_c3")
-    operator = sensing_operator(shape, division=3, sigma=0.5)
+    operator = sensing_operator(shape, division=3, psf=0.5)
     x = network_of(weights).apply(weights.params, jnp.asarray(frame), operator).x
     read = peak_centroids(x, division=3, separation=0.4, capacity=235.0, max_targets=len(table) * 2)
     whole = to_lists(read.targets)[0]
@@ -429,7 +429,7 @@ def test_row36_all_groups_of_a_large_frame_are_found() -> None:
     groups = [c + shift[: 1 + i % 3] for i, c in enumerate(centre)]
     place = np.concatenate(groups)
     table = np.column_stack([place, rng.uniform(220, 250, len(place))])
-    clean = np.asarray(render(from_lists([table]), frame_size=150, sigma=0.5))
+    clean = np.asarray(render(from_lists([table]), frame_size=150, psf=0.5))
     frame = clean + 0.5 * rng.normal(size=clean.shape)
     answer = in_map(frame, noise=0.5, background=0.0)
     found = to_lists(answer.targets)[0]

@@ -21,6 +21,7 @@ from dscsnet_jax.estimation.windows import (
 )
 from dscsnet_jax.estimation.windows import cut as cut_by_width
 from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 SIGMA = 0.5
@@ -32,7 +33,7 @@ LEVEL = PEDESTAL + BACKGROUND
 
 
 def cut(observation: Observation, targets: Targets, *shapes: Any, **how: Any) -> list[Windows]:
-    return cut_by_width(observation, flat(targets), *shapes, sigma=WIDTH, **how)
+    return cut_by_width(observation, flat(targets), *shapes, psf=Gaussian(WIDTH), **how)
 
 
 def joined(cuts: list[Windows], frames: int, slots: int | None) -> tuple[Targets, np.ndarray]:
@@ -264,7 +265,7 @@ def test_no_frames_and_no_targets_give_no_windows(frames: int) -> None:
     assert answer.position.shape == (frames, 4, 2)
     assert not answer.mask.any()
     assert truncated.tolist() == [False] * frames
-    assert frame_sources(none, WIDTH, observation.counts).shape == (frames, *SIZE)
+    assert frame_sources(none, Gaussian(WIDTH), observation.counts).shape == (frames, *SIZE)
 
 
 def test_a_group_alone_has_no_neighbours_to_the_bit() -> None:

@@ -90,7 +90,7 @@ def test_a_newcomers_file_is_a_row_of_the_table(
     assert row["parameters"] == 1
     assert float(weights.params["a"]) != 1.0
     frames, truth = scored_frames()
-    operator = sensing_operator(11, division=3, sigma=0.5)
+    operator = sensing_operator(11, division=3, psf=0.5)
     x = registry.make_network(newcomer).apply(weights.params, jnp.asarray(frames), operator).x
     cells = threshold_cells(x, division=3, max_targets=64).targets
     assert row["mAP"] == pytest.approx(100 * evaluate(cells, truth).cso.mean, abs=0.01)

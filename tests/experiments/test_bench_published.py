@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_written_weights_which_are_trained_once(
     assert row["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(weights.params))
     frames, truth = scored_frames()
     network = make_network("srcnn", **weights.metadata.config)
-    operator = sensing_operator(11, division=3, sigma=0.5)
+    operator = sensing_operator(11, division=3, psf=0.5)
     maps = np.asarray(jax.jit(network.apply)(weights.params, frames, operator).x)
     scores = evaluate(from_lists([cells_of(x) for x in maps]), truth).cso.as_dict()
     for name in ("mAP", "AP05", "AP10", "AP15", "AP20", "AP25"):

@@ -56,7 +56,7 @@ def operator() -> SensingOperator:
     """The examples' operator in float64."""
     side, division, sigma = geometry()
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        build = quick_jit(lambda s: sensing_operator(side, division=division, sigma=s))
+        build = quick_jit(lambda s: sensing_operator(side, division=division, psf=s))
         return jax.tree.map(np.asarray, build(sigma))
 
 
@@ -114,7 +114,7 @@ def test_sigma_is_calibrated_from_unlabelled_frames(x64: None) -> None:
 
 def test_sensitivity_gives_the_covariance_and_foretells_a_bad_pixel(x64: None) -> None:
     start = from_lists([sensitivity.PAIR])
-    clean = render(start, frame_size=sensitivity.SIDE, sigma=sensitivity.SIGMA)[0]
+    clean = render(start, frame_size=sensitivity.SIDE, psf=sensitivity.SIGMA)[0]
     measure = quick_jit(sensitivity.sensitivity)
     s, fit = measure(clean, start)
     covariance = np.asarray(fit.covariance[0])
@@ -215,9 +215,7 @@ def test_traces_of_admm_and_solver_are_of_their_iterates_and_reach_the_solution(
     x64: None,
 ) -> None:
     lam, length = trace.LAM, 60
-    y = quick_jit(partial(render, frame_size=trace.SIDE, sigma=trace.SIGMA))(
-        from_lists(trace.SCENES)
-    )
+    y = quick_jit(partial(render, frame_size=trace.SIDE, psf=trace.SIGMA))(from_lists(trace.SCENES))
     optimum = quick_jit(partial(solve_lasso, lam=lam, tolerance=1e-8, max_iterations=50_000))(
         y, operator()
     )
@@ -245,7 +243,7 @@ def test_traces_of_admm_and_solver_are_of_their_iterates_and_reach_the_solution(
 
 def test_trace_of_a_network_ends_at_its_answer(x64: None) -> None:
     params = parameters()
-    y = render(from_lists(trace.SCENES), frame_size=trace.SIDE, sigma=trace.SIGMA)
+    y = render(from_lists(trace.SCENES), frame_size=trace.SIDE, psf=trace.SIGMA)
     goal = jnp.ones((2, *operator().map_shape))
 
     @quick_jit

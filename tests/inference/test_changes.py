@@ -17,17 +17,18 @@ from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.inference.scene_model import scene_model
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 SIDE, SLOTS, LEVEL, NOISE = 11, 4, 10.0, 2.0
-KNOWN = Known(sigma=np.float32(0.5))
+KNOWN = Known(psf=Gaussian(np.float32(0.5)))
 TOLD = dataclasses.replace(
     KNOWN, gain=np.float32(0.5), prior=scene_prior(intensity=Uniform(20.0, 1000.0))
 )
 
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 jit_changes = quick_jit(changes, static_argnames="only_add")
-jit_render = quick_jit(partial(render, frame_size=SIDE, sigma=0.5))
+jit_render = quick_jit(partial(render, frame_size=SIDE, psf=0.5))
 
 ADDED, FAINTEST, FAINT, ONE, SPLIT, MERGED, *ROTATED = range(NUM_CHANGES)
 (
@@ -299,7 +300,7 @@ def test_matched_filter_tells_energy_and_its_error() -> None:
     counts = np.asarray(jit_render(single(from_lists([[(4.0, 6.0, 100.0)]], SLOTS))))[0]
     weight = np.full_like(counts, 1 / NOISE**2)
     weight[:4, :4] = 0
-    energy, ratio = quick_jit(matched_filter)(counts, weight, np.float32(0.5))
+    energy, ratio = quick_jit(matched_filter)(counts, weight, Gaussian(np.float32(0.5)))
     assert energy.shape == ratio.shape == (3 * SIDE, 3 * SIDE)
     row, col = np.divmod(np.argmax(ratio), 3 * SIDE)
     assert (places(SIDE)[row], places(SIDE)[col]) == (4, 6)

@@ -16,6 +16,7 @@ from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, preset_prior, scene_prior
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -208,7 +209,7 @@ def answers(frames, scenes, sensor, prior, **changes):
     seen = dataclasses.replace(
         seen, **{name: jnp.full(2 * len(frames), value, float) for name, value in changes.items()}
     )
-    known = Known(sigma=SIGMA, gain=gain, prior=prior)
+    known = Known(psf=Gaussian(SIGMA), gain=gain, prior=prior)
     known = jax.tree.map(lambda a: jnp.asarray(a, float), known)
     start = from_lists([*scenes, *([[]] * len(frames))], 2)
     best, evidence = solve(seen, start, known)
@@ -373,7 +374,7 @@ def slopes_of(numbers: dict, frames: jax.Array, start: Targets) -> tuple:
         count=tuple(n["count"]),
         places="sequential",
     )
-    known = Known(sigma=n["sigma"], gain=n["gain"], prior=prior)
+    known = Known(psf=Gaussian(n["sigma"]), gain=n["gain"], prior=prior)
     evidence = log_evidence(fit(seen, start, known, num_iterations=60), seen, known)
     return evidence.sum(), evidence
 

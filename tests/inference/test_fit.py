@@ -18,12 +18,13 @@ from dscsnet_jax.inference.prior import Known, ScenePrior, scene_prior
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
 from dscsnet_jax.physics.limits import render_jacobian
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 FRAMES = 400
-OPTICS: dict[str, Any] = {"frame_size": 11, "sigma": 0.5}
-PLAIN = Known(sigma=np.float32(0.5))
-MANY = Known(sigma=np.float32(0.5), gain=np.float32(1e12))
+OPTICS: dict[str, Any] = {"frame_size": 11, "psf": 0.5}
+PLAIN = Known(psf=Gaussian(np.float32(0.5)))
+MANY = Known(psf=Gaussian(np.float32(0.5)), gain=np.float32(1e12))
 """Of so many electrons that their noise is none."""
 
 # Compiling is what takes time: few shapes, and no optimisation.
@@ -445,7 +446,7 @@ def known_of(at: Point) -> Known:
         Uniform(at["low"], at["high"]) if "low" in at else LogNormal(at["log_mean"], at["log_std"])
     )
     prior = ScenePrior(law, separation=at.get("separation", 0.0), cluster_size=at.get("size"))
-    return Known(sigma=at["sigma"], gain=at.get("gain"), prior=prior)
+    return Known(psf=Gaussian(at["sigma"]), gain=at.get("gain"), prior=prior)
 
 
 def observed(at: Point) -> Observation:

@@ -11,6 +11,7 @@ from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, Shape, propose
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import scene_model
+from dscsnet_jax.physics.psf import Gaussian
 
 SIZE, LANES = 7, 4096
 
@@ -28,7 +29,7 @@ def shape_of(rng):
 def moved(shape, theta, length, u):
     seen = observe(np.zeros((1, 3, 3)), noise=1.0, background=0.0)
     seen = jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 0, -1)[..., None], seen)
-    model = scene_model(seen, jnp.ones((2, 1, 1), bool), Known(sigma=np.float64(0.5)))
+    model = scene_model(seen, jnp.ones((2, 1, 1), bool), Known(psf=Gaussian(np.float64(0.5))))
     return propose(theta, shape, jnp.asarray(length)[None], model, theta, WALK, u)
 
 

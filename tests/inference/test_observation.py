@@ -39,7 +39,7 @@ def frames(scenes: Scene) -> np.ndarray:
 @pytest.fixture(scope="module")
 def source(scenes: Scene) -> np.ndarray:
     """Expected counts of the targets of `frames`."""
-    draw = quick_jit(partial(render, frame_size=11, sigma=get_preset("csist_float").sigma))
+    draw = quick_jit(partial(render, frame_size=11, psf=get_preset("csist_float").sigma))
     return np.asarray(draw(scenes.targets))
 
 

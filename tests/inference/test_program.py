@@ -15,6 +15,7 @@ from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known, preset_prior
 from dscsnet_jax.inference.program import estimate, select
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -35,11 +36,11 @@ def test_background_light_is_not_taken_for_targets():
     sky = (rng.poisson(1000, (100, 11, 11)) + rng.normal(0, 2, (100, 11, 11))).astype("f")
     run = jax.jit(lambda seen, known: select(seen, empty(100, 2), known))
     light = observe(sky, noise=2.0, background=1000.0, gain=1.0)
-    found = run(light, Known(sigma=np.float32(0.5), gain=np.float32(1.0)))
+    found = run(light, Known(psf=Gaussian(np.float32(0.5)), gain=np.float32(1.0)))
     assert (np.asarray(found.fit.targets.count) == 0).sum() >= 98
     # The same sky told as a pedestal has no noise of its own, and is full of targets.
     pedestal = observe(sky, noise=2.0, pedestal=1000.0, background=0.0)
-    told_wrong = run(pedestal, Known(sigma=np.float32(0.5)))
+    told_wrong = run(pedestal, Known(psf=Gaussian(np.float32(0.5))))
     assert (np.asarray(told_wrong.fit.targets.count) > 0).mean() > 0.8
 
 
@@ -48,7 +49,7 @@ def clusters():
     """64 frames of one to three targets, noise 1."""
     preset = get_preset("csist_float", read_noise=1.0, max_targets=3)
     scene = simulate(preset, frame_keys(0, "val", np.arange(64)))
-    known = Known(sigma=np.float32(0.5), prior=preset_prior(preset))
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=preset_prior(preset))
     truth = jax.tree.map(
         lambda a: jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2)), scene.targets
     )
@@ -57,8 +58,8 @@ def clusters():
 
 def test_one_slot_is_enough_for_one_target():
     truth = from_lists([[(3.0, 3.2, 200.0)]], 1)
-    seen = observe(render(truth, frame_size=7, sigma=0.5), noise=1.0, background=0.0)
-    found = jax.jit(select)(seen, truth, Known(sigma=np.float32(0.5)))
+    seen = observe(render(truth, frame_size=7, psf=0.5), noise=1.0, background=0.0)
+    found = jax.jit(select)(seen, truth, Known(psf=Gaussian(np.float32(0.5))))
     np.testing.assert_allclose(found.fit.targets.position, [[[3.0, 3.2]]], atol=1e-3)
 
 
@@ -109,9 +110,9 @@ _MESH = """
     place = 3 + rng.uniform(-0.4, 0.4, (32, 1, 2)) + np.array([[[-0.5, 0.0], [0.5, 0.0]]])
     energy = rng.uniform(220, 250, (32, 2)).astype("f")
     truth = Targets(place.astype("f"), energy, np.ones((32, 2), bool))
-    y = render(truth, frame_size=7, sigma=0.5) + jax.random.normal(jax.random.key(0), (32, 7, 7))
+    y = render(truth, frame_size=7, psf=0.5) + jax.random.normal(jax.random.key(0), (32, 7, 7))
     seen = observe(y, noise=1.0, background=0.0)
-    known = Known(sigma=np.float32(0.5), prior=scene_prior(intensity=(220, 250)))
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(220, 250)))
     key = jax.random.key(0)
     run = jax.jit(estimate)
     one = run(seen, truth, known, key)
@@ -163,6 +164,8 @@ def test_estimate_is_traced_once_for_any_values(clusters):
 def test_start_of_lists_is_taken():
     y = np.zeros((1, 7, 7), "f")
     found = jax.jit(select)(
-        observe(y, noise=1.0, background=0.0), from_lists([[]], 2), Known(sigma=np.float32(0.5))
+        observe(y, noise=1.0, background=0.0),
+        from_lists([[]], 2),
+        Known(psf=Gaussian(np.float32(0.5))),
     )
     assert int(found.fit.targets.count[0]) == 0

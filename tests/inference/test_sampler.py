@@ -11,6 +11,7 @@ from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.summary import ENOUGH_SAMPLES, Posterior, is_numbered, numbered
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 SIDE = 7
@@ -48,7 +49,7 @@ def fixture(data_dir, name: str, most: int):
         intensity=tuple(data["intensity"]), separation=0.5, cluster_size=1.0, cluster_offset=-0.4
     )
     seen = observe(np.array(frames, "f"), noise=float(data["noise"]), background=0.0)
-    known = Known(sigma=np.float32(0.5), prior=prior)
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=prior)
     return seen, single(from_lists(tables, most)), known, means, stds
 
 
@@ -81,10 +82,11 @@ def pairs():
     place = 3 + rng.uniform(-0.4, 0.6, (256, 1, 2)) + np.array([[[-0.4, 0.0], [0.4, 0.0]]])
     energy = rng.uniform(220, 250, (256, 2, 1))
     truth = single(from_lists(list(np.concatenate([place, energy], -1))))
-    y = render(truth, frame_size=SIDE, sigma=0.5)
+    y = render(truth, frame_size=SIDE, psf=0.5)
     y = y + jax.random.normal(jax.random.key(1), y.shape)
     prior = scene_prior(intensity=(220, 250))
-    return observe(y, noise=1.0, background=0.0), truth, Known(sigma=np.float32(0.5), prior=prior)
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=prior)
+    return observe(y, noise=1.0, background=0.0), truth, known
 
 
 def test_errors_of_the_means_average_out(pairs):
@@ -129,7 +131,7 @@ def test_streams_differ(pairs):
 def test_known_exactly(pairs):
     seen, truth, _ = pairs
     some = jax.tree.map(lambda a: a[:64], (seen, truth))
-    known = Known(sigma=np.float32(0.5), prior=scene_prior(intensity=(230, 230)))
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(230, 230)))
     answer = posterior(*some, known, 0)
     np.testing.assert_allclose(answer.targets.intensity, 230, rtol=1e-6)
     np.testing.assert_allclose(answer.std[..., 2], 0, atol=1e-3)
@@ -151,7 +153,7 @@ def test_steps_keep_their_length_where_chains_begin_out_of_order():
     places = np.random.default_rng(0).uniform(2.5, 3.5, (32, 6, 2))
     faint = single(from_lists([[(row, col, 5.0) for row, col in rows] for rows in places]))
     seen = observe(np.zeros((32, 7, 7), "f"), noise=5.0, background=0.0)
-    known = Known(sigma=np.float32(0.5), prior=scene_prior(intensity=(0, 10)))
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(0, 10)))
     draw = jax.jit(lambda seen, start: sample(seen, start, known, jax.random.key(0), thinning=2))
     acceptance = np.asarray(draw(seen, faint).acceptance)
     assert (acceptance > 0.05).all()  # NaN is not
@@ -185,7 +187,7 @@ def test_spread_between_limits():
     def images(table: np.ndarray) -> np.ndarray:
         mask = np.ones(table.shape[:2], bool)
         return np.asarray(
-            render(single(Targets(table[..., :2], table[..., 2], mask)), frame_size=SIDE, sigma=0.5)
+            render(single(Targets(table[..., :2], table[..., 2], mask)), frame_size=SIDE, psf=0.5)
         )
 
     truth = np.array([[3.0, 2.5, 0], [3.0, 3.5, 0]]) + np.zeros((24, 1, 1))
@@ -193,7 +195,7 @@ def test_spread_between_limits():
     y = images(truth) + rng.normal(0, noise, (24, SIDE, SIDE))
     seen = observe(y.astype("f"), noise=noise, background=0.0)
     start = single(Targets(truth[..., :2], truth[..., 2], np.ones((24, 2), bool)))
-    known = Known(sigma=np.float32(0.5), prior=scene_prior(intensity=(low, high)))
+    known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(low, high)))
     answer = posterior(seen, start, known, 0)
     exact = np.zeros((24, 2))
     for i, frame in enumerate(y):

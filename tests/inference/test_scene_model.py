@@ -15,6 +15,7 @@ from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, preset_prior, scene_prior
 from dscsnet_jax.inference.scene_model import HARD, scene_model
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets
 
@@ -108,7 +109,7 @@ def derivatives(seen: Observation, theta: jax.Array, known: Known):
 @pytest.mark.parametrize(("kind", "gain"), [("none", False), *((kind, True) for kind in PRIORS)])
 def test_gradient_is_that_of_likelihood_and_prior(x64, kind, gain):
     seen, gains = sensors(gain)
-    known = f64(Known(sigma=(0.5, 0.6), gain=gains if gain else None, prior=PRIORS[kind]))
+    known = f64(Known(psf=Gaussian((0.5, 0.6)), gain=gains if gain else None, prior=PRIORS[kind]))
     theta = theta_of(kind)
     quadratic, gradient, value = derivatives(seen, theta, known)
     np.testing.assert_allclose(quadratic.cost, value, rtol=1e-10)
@@ -148,7 +149,7 @@ def curvature(seen: Observation, theta: jax.Array, known: Known):
 @pytest.mark.parametrize("gain", [False, True], ids=["read noise", "shot noise"])
 def test_information_is_that_of_fisher(x64, gain):
     seen, gains = sensors(gain)
-    known = f64(Known(sigma=(0.5, 0.6), gain=gains if gain else None, prior=PRIORS["none"]))
+    known = f64(Known(psf=Gaussian((0.5, 0.6)), gain=gains if gain else None, prior=PRIORS["none"]))
     information, expected, observed = curvature(seen, theta_of("none"), known)
     information = information.at[:, -1, -1].add(-1)  # the prior of the level
     full = ~np.asarray(seen.saturated).any((1, 2))
@@ -185,7 +186,7 @@ def test_censored_pixels_far_from_the_limit(dtype, gain):
             background=level * ones,
             background_std=std * ones,
         )
-        known = Known(sigma=jnp.asarray(0.5, dtype), gain=gain)
+        known = Known(psf=Gaussian(jnp.asarray(0.5, dtype)), gain=gain)
 
         def one(seen: Observation):
             model = scene_model(seen, jnp.zeros(1, bool), known)
@@ -244,7 +245,7 @@ def density(name: str, intensity: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", LAWS)
 def test_both_ways_to_tell_an_intensity_are_one_model(x64, name):
     seen = jax.tree.map(lambda a: a[0], sensors(True)[0])
-    known = f64(Known(sigma=0.5, gain=1.0, prior=scene_prior(intensity=LAWS[name])))
+    known = f64(Known(psf=Gaussian(0.5), gain=1.0, prior=scene_prior(intensity=LAWS[name])))
     energies = np.column_stack([np.linspace(25, 140, 24), np.linspace(110, 31, 24)])
 
     def density_of(targets: Targets, uniform: bool):
@@ -300,7 +301,7 @@ def test_places_have_a_density(x64, kind):
     volume = (2 * extent) ** 2 * SIDE**2
     seen = observe(np.zeros((1, SIDE, SIDE)), noise=1.0, background=0.0)
     seen = jax.tree.map(lambda a: a[0], seen)
-    known = f64(Known(sigma=0.5, prior=prior))
+    known = f64(Known(psf=Gaussian(0.5), prior=prior))
 
     def log_density(place: jax.Array, mask: jax.Array) -> jax.Array:
         model = scene_model(seen, mask, known, softness=HARD)

@@ -21,6 +21,7 @@ from dscsnet_jax.inference.prior import (
     preset_prior,
     scene_prior,
 )
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import (
     ClusterModel,
     frame_keys,
@@ -195,10 +196,10 @@ def test_prior_ranges_are_those_of_the_scenes(truth: Targets) -> None:
 
 def test_nothing_given_is_nothing_assumed() -> None:
     assert scene_prior() == ScenePrior()
-    empty = Known(sigma=0.5).prior
+    empty = Known(psf=Gaussian(0.5)).prior
     assert (empty.intensity, empty.separation, empty.cluster_size) == (None, 0.0, None)
     assert (empty.cluster_offset, empty.count, empty.log_free_share) == (None, None, (0.0,))
-    assert (empty.places, Known(sigma=0.5).gain) == ("joint", None)
+    assert (empty.places, Known(psf=Gaussian(0.5)).gain) == ("joint", None)
     assert least_energy(empty) == 0
 
 

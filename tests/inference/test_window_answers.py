@@ -21,13 +21,14 @@ from dscsnet_jax.inference.summary import Posterior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.sensor import Sensor
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 SIDE, NOISE = 9, 4.0
-OPTICS: dict[str, Any] = {"frame_size": SIDE, "sigma": 0.5}
+OPTICS: dict[str, Any] = {"frame_size": SIDE, "psf": 0.5}
 WIDTH = np.full(2, 0.5, np.float32)
-PLAIN = Known(WIDTH)
+PLAIN = Known(psf=Gaussian(WIDTH))
 
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 jit_render = quick_jit(partial(render, **OPTICS))
@@ -70,7 +71,10 @@ SCENES = [
 ]
 TRUTH = single(from_lists(SCENES, 2))
 LOW, HIGH, NEAR, FAR = 235.0, 250.0, 0.9, 4.0
-LIMITED = Known(WIDTH, prior=scene_prior(intensity=(LOW, HIGH), separation=NEAR, cluster_size=FAR))
+LIMITED = Known(
+    psf=Gaussian(WIDTH),
+    prior=scene_prior(intensity=(LOW, HIGH), separation=NEAR, cluster_size=FAR),
+)
 
 
 @partial(jax.jit)
@@ -220,11 +224,11 @@ def test_width_slope_is_that_of_the_evidence(seen: Observation) -> None:
         return log_evidence(fit(seen, start, known), seen, known)
 
     narrow, wide = (
-        np.asarray(of_width(seen, TRUTH, PLAIN.replace(sigma=np.float32(f) * WIDTH)), float)
+        np.asarray(of_width(seen, TRUTH, PLAIN.replace(psf=Gaussian(np.float32(f) * WIDTH))), float)
         for f in (0.88, 0.92)
     )
     expected = (wide - narrow) / np.log(0.92 / 0.88)
-    slope = posterior(seen, TRUTH, PLAIN.replace(sigma=np.float32(0.9) * WIDTH)).width_slope
+    slope = posterior(seen, TRUTH, PLAIN.replace(psf=Gaussian(np.float32(0.9) * WIDTH))).width_slope
     gaussian = slice(ALONE.start, APART.stop)
     assert expected[gaussian].max() > 100
     np.testing.assert_allclose(slope[gaussian], expected[gaussian], rtol=0.1, atol=5)
@@ -288,11 +292,11 @@ def test_the_truth_of_a_preset_meets_no_resistance() -> None:
     without = dataclasses.replace(prior, **limits, log_free_share=(0.0,))
     costs = quick_jit(jax.vmap(cost, (0, None)))
     with jax.numpy_rank_promotion("allow"):
-        full = costs(made.targets, Known(WIDTH, prior=prior))
-        freely = costs(made.targets, Known(WIDTH, prior=without))
+        full = costs(made.targets, Known(psf=Gaussian(WIDTH), prior=prior))
+        freely = costs(made.targets, Known(psf=Gaussian(WIDTH), prior=without))
         there = made.targets.position.at[:, 0, 0].add(3.0)
         off = dataclasses.replace(made.targets, position=there)
-        moved = costs(off, Known(WIDTH, prior=prior))
+        moved = costs(off, Known(psf=Gaussian(WIDTH), prior=prior))
     np.testing.assert_allclose(full, freely, rtol=1e-5, atol=1e-3)
     many = np.asarray(made.targets.count) > 1
     assert (np.asarray(moved) < np.asarray(full) - 10)[many].all()
@@ -314,7 +318,7 @@ def test_a_quartic_well_is_as_wide_as_its_gaussian() -> None:
 # --- counts ----------------------------------------------------------------------------
 
 CSIST = scene.get_preset("csist")
-TOLD = Known(WIDTH, prior=preset_prior(CSIST))
+TOLD = Known(psf=Gaussian(WIDTH), prior=preset_prior(CSIST))
 FRAMES, SLOTS = 64, 6
 
 
@@ -392,7 +396,7 @@ def test_only_add_grows_from_nothing_and_stops() -> None:
     frames = (clean + np.random.default_rng(5).normal(size=clean.shape)).astype("f4")
     seen = jit_observe(frames, noise=1.0, background=0.0)
     nothing = single(from_lists([[], [], []], SLOTS))
-    found = jit_select(seen, nothing, Known(WIDTH, prior=ScenePrior()), only_add=True)
+    found = jit_select(seen, nothing, Known(psf=Gaussian(WIDTH), prior=ScenePrior()), only_add=True)
     targets = found.fit.targets
     assert targets.count.tolist() == [4, 1, 0]
     # Found from the brightest on, each in the next slot.

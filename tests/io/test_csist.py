@@ -47,7 +47,7 @@ def test_sample_frames_are_the_rounded_clipped_integrals(data_dir: Path) -> None
 def test_sample_targets_render_to_the_integrals(data_dir: Path) -> None:
     sample = read_csist(data_dir / "csist_sample")
     truth = np.load(data_dir / "csist_sample" / "frames_float64.npz")["frames"]
-    frames = render(sample.targets, frame_size=11, sigma=sample.sigma)
+    frames = render(sample.targets, frame_size=11, psf=sample.sigma)
     np.testing.assert_allclose(np.asarray(frames), truth, rtol=0, atol=1e-3)
 
 

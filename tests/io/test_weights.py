@@ -190,7 +190,7 @@ def test_metadata_must_be_plain(tmp_path: Path, value: object) -> None:
 @pytest.mark.parametrize("size", [11, 20, (9, 13)])
 @pytest.mark.parametrize("sigma", [0.5, (0.5, 0.5), np.float32(0.5)])
 def test_row21_same_geometry_at_any_size_is_accepted(size: Any, sigma: Any) -> None:
-    check_geometry(ABOUT, sensing_operator(size, division=3, sigma=sigma))
+    check_geometry(ABOUT, sensing_operator(size, division=3, psf=sigma))
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_row21_same_geometry_at_any_size_is_accepted(size: Any, sigma: Any) -> N
 )
 def test_row21_other_geometry_is_refused_naming_both(division: int, sigma: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        check_geometry(ABOUT, sensing_operator(11, division=division, sigma=sigma))
+        check_geometry(ABOUT, sensing_operator(11, division=division, psf=sigma))
 
 
 def test_row21_geometry_survives_the_file_in_single_precision(tmp_path: Path) -> None:
-    operator = sensing_operator((9, 13), division=5, sigma=(0.6, 0.7))
+    operator = sensing_operator((9, 13), division=5, psf=(0.6, 0.7))
     about = Metadata("dscsnet", {}, geometry_of(operator))
     save_weights(tmp_path / "w.safetensors", {"a": np.ones(1)}, about)
     stored = load_weights(tmp_path / "w.safetensors").metadata

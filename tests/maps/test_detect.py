@@ -10,7 +10,8 @@ from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter, plac
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.maps.detect import LEAST_SNR, detect, peaks_of
-from dscsnet_jax.physics.optics import point_response, render
+from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.psf import Gaussian, Psf, rotated_gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 SIGMA = 0.5
@@ -19,9 +20,9 @@ NOISE = 2.0
 
 FRAMES = 32  # one shape for all tests: everything is compiled once
 
-jit_render = jax.jit(partial(render, frame_size=SIZE, sigma=SIGMA))
+jit_render = jax.jit(partial(render, frame_size=SIZE, psf=SIGMA))
 jit_observe = jax.jit(observe)
-KNOWN = Known(sigma=np.full(2, SIGMA, np.float32))
+KNOWN = Known(psf=Gaussian(np.full(2, SIGMA, np.float32)))
 SHOT = KNOWN.replace(gain=np.float32(1))
 
 
@@ -83,23 +84,25 @@ def test_rows2_and_3_constant_frames_hold_nothing(level: float) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_filter_is_the_weighted_fit_of_one_target_at_every_place() -> None:
+@pytest.mark.parametrize("psf", [Gaussian((0.5, 0.7)), rotated_gaussian((0.5, 0.8), 30)])
+def test_filter_is_the_weighted_fit_of_one_target_at_every_place(psf: Psf) -> None:
     rng = np.random.default_rng(3)
     residual, weight = rng.normal(size=(9, 7)), rng.uniform(0.1, 2, (9, 7))
     weight[2, 3] = 0
-    energy, ratio = map(np.asarray, jax.jit(matched_filter)(residual, weight, np.array([0.5, 0.7])))
+    energy, ratio = map(np.asarray, jax.jit(matched_filter)(residual, weight, psf))
+    unit = jax.jit(partial(render, frame_size=(9, 7)))
     for i, row in enumerate(places(9)):
         for j, col in enumerate(places(7)):
-            psf = np.outer(point_response(row, 9, 0.5), point_response(col, 7, 0.7))
-            information = (weight * psf**2).sum()
-            fitted = (weight * psf * residual).sum() / information
+            seen = np.asarray(unit(from_lists([[(row, col, 1.0)]]), psf=psf))[0]
+            information = (weight * seen**2).sum()
+            fitted = (weight * seen * residual).sum() / information
             np.testing.assert_allclose(energy[i, j], fitted, rtol=1e-8)
             np.testing.assert_allclose(ratio[i, j], fitted * information**0.5, rtol=1e-8)
 
 
 def test_the_ratio_of_noise_has_unit_spread() -> None:
     noise = NOISE * np.random.default_rng(4).normal(size=(400, 11, 11))
-    one = partial(matched_filter, weight=np.full((11, 11), NOISE**-2), sigma=np.full(2, SIGMA))
+    one = partial(matched_filter, weight=np.full((11, 11), NOISE**-2), psf=Gaussian(SIGMA))
     ratio = np.asarray(jax.jit(jax.vmap(one))(noise))[1]
     spread = ratio[:, 16, 16]  # the middle of the frame, one value a frame: 1 +- 0.035
     assert abs(spread.std() - 1) < 4 * 0.035
@@ -157,7 +160,7 @@ def test_the_shot_noise_of_the_sky_is_no_target() -> None:
 def test_any_number_of_frames_has_the_peaks_of_each() -> None:
     """In blocks of 128, with at least 16 slots, above half the prior's least intensity."""
     tables = [[(3, 3, 40.0 + i), (8, 8, 200.0)] for i in range(10)]
-    few = np.asarray(jax.jit(partial(render, frame_size=11, sigma=SIGMA))(from_lists(tables, 2)))
+    few = np.asarray(jax.jit(partial(render, frame_size=11, psf=SIGMA))(from_lists(tables, 2)))
     seen = jax.tree.map(
         np.asarray, jit_observe(np.tile(few, (13, 1, 1)), noise=1.0, background=0.0)
     )

@@ -15,6 +15,7 @@ from dscsnet_jax.io.weights import Metadata, Weights, geometry_of
 from dscsnet_jax.maps.network import read_maps
 from dscsnet_jax.maps.readout import Readout, peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 from dscsnet_jax.unfolding.registry import make_network
 
@@ -22,7 +23,7 @@ from dscsnet_jax.unfolding.registry import make_network
 SIDE, WINDOW = 9, 7
 BACKGROUND, SIGMA, THRESHOLD = 10.0, 0.5, 40.0  # counts, pixels, counts
 TABLES = [[(2.1, 1.8, 240.0), (6.0, 6.7, 180.0)], [], [(4.0, 4.3, 220.0)]]
-KNOWN = Known(sigma=np.full(2, SIGMA, np.float32))
+KNOWN = Known(psf=Gaussian(np.full(2, SIGMA, np.float32)))
 SETTINGS: dict[str, Any] = {"threshold": THRESHOLD, "max_targets": 4}
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -30,14 +31,14 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 @cache
 def seen(side: int) -> Observation:
     def look() -> Observation:
-        y = BACKGROUND + render(from_lists(TABLES), frame_size=side, sigma=SIGMA)
+        y = BACKGROUND + render(from_lists(TABLES), frame_size=side, psf=SIGMA)
         return observe(y, noise=1.0, pedestal=BACKGROUND / 2, background=BACKGROUND / 2)
 
     return jax.tree.map(np.asarray, quick_jit(look)())
 
 
 def operator_of(side: int) -> SensingOperator:
-    return quick_jit(partial(sensing_operator, side, division=3, sigma=SIGMA))()
+    return quick_jit(partial(sensing_operator, side, division=3, psf=SIGMA))()
 
 
 def weights_of(name: str, **config: Any) -> Weights:
@@ -121,10 +122,10 @@ def test_a_map_shows_neither_level_nor_neighbours() -> None:
     """Of a frame with a group told as neighbours: the map without them."""
     weights = weights_of("ista_net_plus", iterations=1, channels=2)
     whole, pair = seen(SIDE), [TABLES[0][:1], [], []]
-    others = quick_jit(partial(render, frame_size=SIDE, sigma=SIGMA))(
+    others = quick_jit(partial(render, frame_size=SIDE, psf=SIGMA))(
         from_lists([TABLES[0][1:], [], []])
     )
-    lone = quick_jit(partial(render, frame_size=SIDE, sigma=SIGMA))(from_lists(pair))
+    lone = quick_jit(partial(render, frame_size=SIDE, psf=SIGMA))(from_lists(pair))
     settings = {**SETTINGS, "readout": "peaks"}
     told = whole.replace(neighbours=np.asarray(others))
     maps, found, _ = read_maps(told, weights, KNOWN, **settings)

@@ -1,7 +1,5 @@
 """Limits: information against autodiff, bounds against Monte Carlo, no lies, no NaN."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,17 +13,16 @@ from dscsnet_jax.physics.limits import (
     estimates_at_bound,
     fisher_information,
     information_root,
-    point_response_derivative,
     preset_limit,
     render_jacobian,
 )
-from dscsnet_jax.physics.optics import point_response, render
+from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import digital
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.sensor import Sensor, expose
 from dscsnet_jax.physics.targets import Targets, from_lists
 
-OPTICS = {"frame_size": 11, "sigma": 0.5}
+OPTICS = {"frame_size": 11, "psf": 0.5}
 PRIORS = {"position_prior_variance": 1 / 12, "intensity_prior_variance": 75.0}
 READ = Sensor(read_noise=2.0)
 
@@ -49,8 +46,8 @@ jit_estimates = jax.jit(estimates_at_bound)
 
 
 @jax.jit
-def bounds(targets: Targets, sensor: Sensor, sigma: ArrayLike = 0.5, **priors: float) -> Bounds:
-    root = information_root(targets, frame_size=11, sigma=sigma, sensor=sensor, **priors)
+def bounds(targets: Targets, sensor: Sensor, psf: ArrayLike = 0.5, **priors: float) -> Bounds:
+    root = information_root(targets, frame_size=11, psf=psf, sensor=sensor, **priors)
     return cramer_rao(root, targets.mask)
 
 
@@ -59,15 +56,6 @@ def one(*table: tuple[float, float, float]) -> Targets:
 
 
 # --- derivatives and information ---------------------------------------------------
-
-
-@pytest.mark.parametrize("sigma", [0.3, 0.5, 1.4])
-def test_response_derivative_equals_autodiff(x64: None, sigma: float) -> None:
-    position = jnp.array([[-1.0, 0.0, 3.5], [4.2, 8.0, 10.7]])
-    response = partial(point_response, num_pixels=9, sigma=sigma)
-    expected = jnp.vectorize(jax.jacfwd(response), signature="()->(n)")(position)
-    got = point_response_derivative(position, 9, sigma)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-14)
 
 
 SHAPE, WIDTHS = (9, 12), (0.45, 0.7)
@@ -84,7 +72,7 @@ def frame(parameters: jax.Array, mask: jax.Array) -> jax.Array:
     """`render` of one frame as a function of the (3K,) parameters."""
     table = parameters.reshape(-1, 3)
     truth = Targets(table[:, :2], table[:, 2], mask)
-    return render(truth, frame_size=SHAPE, sigma=jnp.array(WIDTHS))
+    return render(truth, frame_size=SHAPE, psf=jnp.array(WIDTHS))
 
 
 means = jax.jit(jax.vmap(frame))
@@ -100,7 +88,7 @@ def mean_and_jacobian(truth: Targets) -> tuple[np.ndarray, np.ndarray]:
 
 def test_render_jacobian_equals_autodiff(x64: None, targets: Targets) -> None:
     _, expected = mean_and_jacobian(targets)
-    got = render_jacobian(targets, frame_size=SHAPE, sigma=jnp.array(WIDTHS))
+    got = render_jacobian(targets, frame_size=SHAPE, psf=jnp.array(WIDTHS))
     np.testing.assert_allclose(np.moveaxis(got, 1, -1), expected, atol=1e-11)
     assert not got[1, 3:].any()
 
@@ -116,7 +104,7 @@ def test_information_equals_autodiff(x64: None, targets: Targets, sensor: Sensor
     present = np.repeat(targets.mask, 3, axis=-1)
     expected += np.stack([np.diag(1.0 - m) for m in present])
     diagonal = np.sqrt(np.diagonal(expected, axis1=1, axis2=2))
-    got = jit_information(targets, frame_size=SHAPE, sigma=jnp.array(WIDTHS), sensor=sensor)
+    got = jit_information(targets, frame_size=SHAPE, psf=jnp.array(WIDTHS), sensor=sensor)
     error = np.abs(got - expected) / (diagonal[:, :, None] * diagonal[:, None, :])
     assert error.max() < 1e-13
     padded = ~present[:, :, None] | ~present[:, None, :]
@@ -182,7 +170,7 @@ def test_maximum_likelihood_attains_the_bound() -> None:
     """
     table = np.array([(4.2, 4.1, 240.0), (6.4, 6.3, 200.0)])
     sensor = Sensor(read_noise=1.0, offset=10.0)
-    mean = render(from_lists([table]), frame_size=11, sigma=0.5)
+    mean = render(from_lists([table]), frame_size=11, psf=0.5)
     frames = expose(sensor, jax.random.key(0), jnp.broadcast_to(mean, (200, 11, 11)))
     frames = np.asarray(frames, float) - 10.0
 
@@ -295,8 +283,8 @@ def test_padded_slots_are_infinite_and_do_not_change_the_others(targets: Targets
 def test_bounds_turn_with_the_frame(x64: None) -> None:
     table = np.array(SCENES[2])
     turned = np.stack((table[:, 1], 10 - table[:, 0], table[:, 2]), -1)
-    upright = bounds(from_lists([table]), READ, sigma=jnp.array([0.45, 0.6]))
-    rotated = bounds(from_lists([turned]), READ, sigma=jnp.array([0.6, 0.45]))
+    upright = bounds(from_lists([table]), READ, psf=jnp.array([0.45, 0.6]))
+    rotated = bounds(from_lists([turned]), READ, psf=jnp.array([0.6, 0.45]))
     np.testing.assert_allclose(rotated.row_std, upright.col_std, rtol=1e-9)
     np.testing.assert_allclose(rotated.col_std, upright.row_std, rtol=1e-9)
     np.testing.assert_allclose(rotated.intensity_std, upright.intensity_std, rtol=1e-9)
@@ -397,7 +385,7 @@ def test_preset_limit_takes_priors_and_range_from_the_preset() -> None:
     root = jit_root(
         truth,
         frame_size=11,
-        sigma=0.6,
+        psf=0.6,
         sensor=preset.sensor,
         position_prior_variance=0.6**2 / 12,
         intensity_prior_variance=200.0**2 / 12,

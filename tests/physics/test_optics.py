@@ -13,11 +13,10 @@ from scipy.integrate import dblquad
 from dscsnet_jax.physics import grid
 from dscsnet_jax.physics.optics import (
     SensingOperator,
-    point_response,
-    psf_sigma,
     render,
     sensing_operator,
 )
+from dscsnet_jax.physics.psf import Gaussian, GaussianMixture, Psf, rotated_gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 GEOMETRIES = [((7, 7), 3), ((4, 6), 4), ((4, 4), 5), ((4, 3), 7)]
@@ -28,13 +27,20 @@ WIDTHS = (0.5, 0.7)
 jit_render = jax.jit(render, static_argnames="frame_size")
 
 
+PSFS = {
+    "gaussian": Gaussian(WIDTHS),
+    "rotated": rotated_gaussian((0.45, 0.7), 30),
+    "mixture": GaussianMixture((3.0, 1.0), (0.5, 0.9), ((0.0, 0.0), (0.2, -0.1))),
+}
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def compiled(shape: tuple[int, int], division: int, sigma: jax.Array) -> SensingOperator:
-    return sensing_operator(shape, division=division, sigma=sigma)
+def compiled(shape: tuple[int, int], division: int, psf: Psf) -> SensingOperator:
+    return sensing_operator(shape, division=division, psf=psf)
 
 
-def build(shape: tuple[int, int], division: int) -> SensingOperator:
-    return compiled(shape, division, jnp.array(WIDTHS))
+def build(shape: tuple[int, int], division: int, name: str = "gaussian") -> SensingOperator:
+    return compiled(shape, division, jax.tree.map(jnp.asarray, PSFS[name]))
 
 
 @jax.jit
@@ -46,9 +52,8 @@ def answers(operator: SensingOperator, y: jax.Array, v: jax.Array, rho: float) -
 
 def dense(operator: SensingOperator) -> np.ndarray:
     """`Phi` as the (NM, cN cM) matrix that the separable form replaces."""
-    return np.kron(
-        np.asarray(operator.response_row, float), np.asarray(operator.response_col, float)
-    )
+    pairs = zip(operator.response_row, operator.response_col, strict=True)
+    return sum(np.kron(np.asarray(row, float), np.asarray(col, float)) for row, col in pairs)
 
 
 def flat_apply(matrix: np.ndarray, maps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -62,31 +67,6 @@ def random_maps(operator: SensingOperator, lead: tuple[int, ...] = (2,)) -> tupl
     rng = np.random.default_rng(1)
     y = 100 * rng.normal(size=(*lead, *operator.frame_shape))
     return y, 100 * rng.normal(size=(*lead, *operator.map_shape))
-
-
-# --- the response of a pixel -------------------------------------------------------
-
-
-@pytest.mark.parametrize("sigma", [0.3, 0.5, 1.0])
-def test_response_sums_to_one_inside(x64: None, sigma: float) -> None:
-    inside = jnp.linspace(8.0, 12.0, 33)  # at least 8 sigma from both edges
-    total = point_response(inside, 21, sigma).sum(-1)
-    np.testing.assert_allclose(total, 1.0, rtol=0, atol=1e-14)
-
-
-def test_response_loses_half_at_the_edge_and_all_far_outside(x64: None) -> None:
-    np.testing.assert_allclose(point_response(-0.5, 21, 0.5).sum(), 0.5, atol=1e-15)
-    assert float(point_response(-30.0, 21, 0.5).sum()) == 0.0
-
-
-def test_response_is_never_negative_in_float32() -> None:
-    position = jnp.linspace(-3.0, 14.0, 200_001)
-    assert float(point_response(position, 11, 0.5).min()) >= 0.0
-
-
-def test_sigma_as_number_or_pair() -> None:
-    assert psf_sigma(1).tolist() == [1.0, 1.0]
-    assert psf_sigma((0.25, 0.5)).tolist() == [0.25, 0.5]  # type: ignore[arg-type]
 
 
 # --- rendering ---------------------------------------------------------------------
@@ -110,7 +90,7 @@ def test_render_against_double_integration(
         return dblquad(density, i - 0.5, i + 0.5, j - 0.5, j + 0.5, epsabs=1e-9)[0]
 
     expected = np.array([[pixel(i, j) for j in range(shape[1])] for i in range(shape[0])])
-    got = jit_render(from_lists([targets]), frame_size=shape, sigma=jnp.array(sigma))[0]
+    got = jit_render(from_lists([targets]), frame_size=shape, psf=jnp.array(sigma))[0]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)
 
 
@@ -129,14 +109,14 @@ def csist_sample(folder: Path) -> tuple[Targets, np.ndarray]:
 
 def test_render_equals_the_csist_sample_in_float64(x64: None, data_dir: Path) -> None:
     targets, frames = csist_sample(data_dir / "csist_sample")
-    got = jit_render(targets, frame_size=11, sigma=0.5)
+    got = jit_render(targets, frame_size=11, psf=0.5)
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, frames, rtol=0, atol=1e-11)
 
 
 def test_render_equals_the_csist_sample_in_float32(data_dir: Path) -> None:
     targets, frames = csist_sample(data_dir / "csist_sample")
-    got = jit_render(targets, frame_size=11, sigma=0.5)
+    got = jit_render(targets, frame_size=11, psf=0.5)
     assert got.dtype == jnp.float32
     # The frames reach 401 counts, where float32 resolves 3e-5.
     np.testing.assert_allclose(got, frames, rtol=0, atol=2e-4)
@@ -144,14 +124,14 @@ def test_render_equals_the_csist_sample_in_float32(data_dir: Path) -> None:
 
 def test_render_ignores_padding_and_takes_any_batch() -> None:
     table = [(1.2, 2.1, 50.0), (3.0, 0.4, 70.0)]
-    one = jit_render(from_lists([table]), frame_size=5, sigma=0.6)[0]
+    one = jit_render(from_lists([table]), frame_size=5, psf=0.6)[0]
     padded = from_lists([table, []], max_targets=4)
     padded = padded.replace(intensity=np.where(padded.mask, padded.intensity, 1e6))
-    both = jit_render(padded, frame_size=5, sigma=0.6)
+    both = jit_render(padded, frame_size=5, psf=0.6)
     np.testing.assert_allclose(both[0], one, rtol=1e-6)
     assert not both[1].any()
     single = jax.tree.map(lambda leaf: leaf[0], padded)
-    np.testing.assert_allclose(jit_render(single, frame_size=5, sigma=0.6), one, rtol=1e-6)
+    np.testing.assert_allclose(jit_render(single, frame_size=5, psf=0.6), one, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("shape", "division"), GEOMETRIES)
@@ -165,7 +145,7 @@ def test_render_at_cell_centres_equals_apply_of_the_grid_map(
     np.add.at(x, tuple(cells.T), level)
     places = grid.to_position(cells, division)
     truth = Targets(position=places, intensity=level, mask=np.ones(4, bool))
-    expected = jit_render(truth, frame_size=shape, sigma=jnp.array(WIDTHS))
+    expected = jit_render(truth, frame_size=shape, psf=jnp.array(WIDTHS))
     got = build(shape, division).apply(x)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11)
     mapped = jax.jit(grid.grid_map, static_argnames=("frame_size", "division"))(
@@ -181,15 +161,18 @@ def test_sigma_is_row_then_col() -> None:
     operator = build((7, 7), 3)
     # The narrow axis is the rows': a cell leaves more of its energy in its own pixel.
     assert float(operator.response_row.max()) > 1.2 * float(operator.response_col.max())
-    np.testing.assert_allclose(operator.sigma, WIDTHS)
+    np.testing.assert_allclose(operator.psf.width, WIDTHS)
 
 
-@pytest.mark.parametrize(("shape", "division"), GEOMETRIES)
+@pytest.mark.parametrize(
+    ("shape", "division", "name"),
+    [*((*of, "gaussian") for of in GEOMETRIES), ((4, 6), 3, "rotated"), ((4, 6), 3, "mixture")],
+)
 def test_apply_adjoint_solve_and_data_step_equal_the_dense_matrix(
-    shape: tuple[int, int], division: int
+    shape: tuple[int, int], division: int, name: str
 ) -> None:
     def relative_errors(rho: float) -> list[float]:
-        operator = build(shape, division)
+        operator = build(shape, division, name)
         assert operator.frame_shape == shape
         assert operator.map_shape == (division * shape[0], division * shape[1])
         matrix = dense(operator)
@@ -206,15 +189,20 @@ def test_apply_adjoint_solve_and_data_step_equal_the_dense_matrix(
         terms = zip(got, expected, scales, strict=True)
         return [np.abs(one - other).max() / np.abs(scale).max() for one, other, scale in terms]
 
+    # One term: exact, in float32 the largest measured is 2.5e-6. Several: by iterations, which
+    # leave 1e-6 of the right-hand side, that is so much over rho of the map.
+    exact = name == "gaussian"
     for rho in (1e-3, 0.1, 10.0):
-        assert max(relative_errors(rho)) < 5e-6  # float32; the largest measured is 2.5e-6
+        iterated = 2e-6 * (1 + 1 / rho)
+        assert max(relative_errors(rho)) < (5e-6 if exact else iterated)
         with jax.enable_x64(True):
-            assert max(relative_errors(rho)) < 1e-9
+            assert max(relative_errors(rho)) < (1e-9 if exact else iterated)
 
 
-@pytest.mark.parametrize(("shape", "division"), GEOMETRIES)
-def test_adjoint_identity(x64: None, shape: tuple[int, int], division: int) -> None:
-    operator = build(shape, division)
+@pytest.mark.parametrize("name", PSFS)
+@pytest.mark.parametrize(("shape", "division"), GEOMETRIES[1:3])
+def test_adjoint_identity(x64: None, shape: tuple[int, int], division: int, name: str) -> None:
+    operator = build(shape, division, name)
     y, x = random_maps(operator)
     applied, adjoint, *_ = answers(operator, jnp.asarray(y), jnp.asarray(x), 0.1)
     left, right = (applied * y).sum((-2, -1)), (x * adjoint).sum((-2, -1))
@@ -222,8 +210,9 @@ def test_adjoint_identity(x64: None, shape: tuple[int, int], division: int) -> N
     np.testing.assert_array_less(np.abs(left - right), 1e-13 * norms[0] * norms[1])
 
 
-def test_operator_takes_any_leading_axes(x64: None) -> None:
-    operator = build((4, 6), 4)
+@pytest.mark.parametrize("name", PSFS)
+def test_operator_takes_any_leading_axes(x64: None, name: str) -> None:
+    operator = build((4, 6), 4, name)
     y, v = (jnp.asarray(a) for a in random_maps(operator, (2, 3)))
     batch = answers(operator, y, v, 0.1)
     for index in np.ndindex(2, 3):
@@ -232,10 +221,23 @@ def test_operator_takes_any_leading_axes(x64: None) -> None:
             np.testing.assert_allclose(b[index], a, atol=1e-10)
 
 
-def test_norm_is_the_largest_singular_value(x64: None) -> None:
-    operator = build((4, 6), 4)
+@pytest.mark.parametrize(("name", "error"), [("gaussian", 1e-12), ("mixture", 1e-5)])
+def test_norm_is_the_largest_singular_value(x64: None, name: str, error: float) -> None:
+    operator = build((4, 6), 4, name)
     expected = np.linalg.svd(dense(operator), compute_uv=False)[0]
-    assert float(operator.norm()) == pytest.approx(expected, rel=1e-12)
+    assert float(operator.norm()) == pytest.approx(expected, rel=error)
+
+
+@pytest.mark.parametrize("name", PSFS)
+def test_the_operator_is_its_matrix(x64: None, name: str) -> None:
+    operator = build((4, 6), 3, name)
+    np.testing.assert_allclose(operator.matrix(), dense(operator), atol=1e-15)
+    # A cell's column is the light of a point at its centre.
+    place = grid.to_position(np.array([[5, 7]]), 3)
+    point = Targets(place, np.ones(1), np.ones(1, bool))
+    seen = jit_render(point, frame_size=(4, 6), psf=PSFS[name])
+    column = dense(operator)[:, 5 * 18 + 7].reshape(4, 6)
+    np.testing.assert_allclose(column, seen, atol=1e-14)
 
 
 def test_memory_grows_with_the_frame_not_its_square() -> None:
@@ -263,7 +265,7 @@ def test_derivative_of_data_step_by_rho_and_sigma(x64: None, size: int, division
 
     @jax.jit
     def value(parameters: jax.Array) -> jax.Array:
-        operator = sensing_operator(size, division=division, sigma=parameters[1:])
+        operator = sensing_operator(size, division=division, psf=parameters[1:])
         r, residual = operator.data_step(y, v, parameters[0])
         return (weight_r * r).sum() + (weight_y * residual).sum()
 
@@ -290,7 +292,7 @@ def test_derivative_of_data_step_by_frame_and_map(x64: None) -> None:
 
 def test_gradients_are_finite_on_zeros_in_float32() -> None:
     def value(sigma: jax.Array, rho: jax.Array) -> jax.Array:
-        operator = sensing_operator(11, division=3, sigma=sigma)
+        operator = sensing_operator(11, division=3, psf=sigma)
         return operator.data_step(jnp.zeros((11, 11)), jnp.zeros((33, 33)), rho)[0].sum()
 
     slopes = jax.jit(jax.grad(value, (0, 1)))(jnp.float32(0.5), jnp.float32(0.1))

@@ -96,7 +96,7 @@ def test_places_are_those_of_drawing_until_one_is_free(drawn: scene.Scene, slot:
 
 def test_csist_frames_are_rounded_and_saturated(drawn: scene.Scene) -> None:
     some = jax.tree.map(lambda a: a[:500], drawn.targets)
-    expected = np.asarray(optics.render(some, frame_size=11, sigma=0.5))
+    expected = np.asarray(optics.render(some, frame_size=11, psf=0.5))
     recorded = np.clip(np.round(expected), 0, 255)
     frames = drawn.frames[:500]
     tie = np.abs(expected % 1 - 0.5) < 1e-4  # float rounding may fall either way
@@ -198,7 +198,7 @@ def test_frames_without_variation_are_those_of_scene_optics_and_sensor(name: str
     def by_hand(key: jax.Array) -> jax.Array:
         target_key, sensor_key = jax.random.split(key)
         targets = scene.sample_targets(preset.cluster, 11, target_key)
-        expected = optics.render(targets, frame_size=11, sigma=0.5)
+        expected = optics.render(targets, frame_size=11, psf=0.5)
         return expose(preset.sensor, sensor_key, expected)
 
     made = simulated(preset, 2, "train", np.arange(64))

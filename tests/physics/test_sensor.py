@@ -168,7 +168,7 @@ def test_fields_may_be_traced() -> None:
 def test_dark_pixels_of_a_rendered_frame_hold_no_negative_electrons() -> None:
     places = np.random.default_rng(0).uniform(0, 10, (4000, 2))
     truth = from_lists([[(*place, 240.0)] for place in places])
-    expected = render(truth, frame_size=11, sigma=0.5).ravel()[:SAMPLES]
+    expected = render(truth, frame_size=11, psf=0.5).ravel()[:SAMPLES]
     sensor = Sensor(electrons_per_count=1.0)
     assert float(expose(sensor, KEY, expected).min()) == 0.0
     assert float(variance(sensor, expected).min()) >= 0.0

@@ -231,7 +231,7 @@ class AffineNetwork(DSCSNet):
 def test_row28_three_steps_and_three_resumed_are_six(opened: Opened, tmp_path: Path) -> None:
     """Bit for bit: parameters, optimiser, and the metrics of the frames that come next."""
     preset = get_preset("csist", frame_size=5, max_targets=1)
-    operator = sensing_operator(5, division=3, sigma=0.5)
+    operator = sensing_operator(5, division=3, psf=0.5)
     params = {"gain": jnp.asarray(0.3), "bias": jnp.full((15, 15), 2.0)}
     step = jax.jit(make_step(AffineNetwork(), preset, operator, OPTIMISER))
 

@@ -145,7 +145,7 @@ def network() -> Network:
 def restored(workdir: Path) -> TrainState:
     """State of the newest checkpoint."""
     config = make_config()
-    operator = sensing_operator(5, division=3, sigma=0.5)
+    operator = sensing_operator(5, division=3, psf=0.5)
     optimiser = make_optimiser(num_steps=6, **config.optimiser.to_dict())
     checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(init_state(network(), operator, optimiser, 0))
@@ -234,7 +234,7 @@ def test_weights_are_the_final_parameters_with_where_they_come_from(
 def by_hand(params: Any, keys: jax.Array) -> tuple[Targets, Targets]:
     """Found and true targets of 6 x 6 frames, all in one batch."""
     scene = scenes.simulate(light_preset("csist", frame_size=6), keys)
-    x = network().apply(params, scene.frames, sensing_operator(6, division=3, sigma=0.5)).x
+    x = network().apply(params, scene.frames, sensing_operator(6, division=3, psf=0.5)).x
     return threshold_cells(x, division=3).targets, scene.targets
 
 

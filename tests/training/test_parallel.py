@@ -29,7 +29,7 @@ from dscsnet_jax.training.step import init_state, make_optimiser, make_step
 from dscsnet_jax.unfolding.network import DSCSNet, NetworkConfig
 
 preset = get_preset("csist", frame_size=5, max_targets=1)
-operator = sensing_operator(5, division=3, sigma=0.5)
+operator = sensing_operator(5, division=3, psf=0.5)
 network = DSCSNet(NetworkConfig(iterations=1, channels=4, threshold="scalar"))
 optimiser = make_optimiser(
     learning_rate=1e-2, warmup_steps=1, num_steps=9,

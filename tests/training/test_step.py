@@ -30,7 +30,7 @@ from dscsnet_jax.training.step import (
 from dscsnet_jax.unfolding.network import DSCSNet, NetworkConfig
 
 PRESET = get_preset("csist", frame_size=5, max_targets=1)
-OPERATOR = sensing_operator(5, division=3, sigma=0.5)
+OPERATOR = sensing_operator(5, division=3, psf=0.5)
 NETWORK = DSCSNet(NetworkConfig(iterations=1, channels=4, threshold="scalar"))
 SCHEDULE: dict[str, Any] = {
     "learning_rate": 2e-2,

@@ -26,12 +26,12 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 @quick_jit
 def build(sigma: float = 0.5) -> SensingOperator:
     """The operator of all tests, in one compilation: 5 x 6 pixels of 3 x 3 cells."""
-    return sensing_operator((5, 6), division=3, sigma=sigma)
+    return sensing_operator((5, 6), division=3, psf=sigma)
 
 
 def dense(operator: SensingOperator) -> np.ndarray:
     """`Phi` as a matrix on row-major maps."""
-    return np.kron(np.asarray(operator.response_row), np.asarray(operator.response_col))
+    return np.asarray(operator.matrix())
 
 
 def flat(a: jax.Array) -> np.ndarray:
@@ -237,7 +237,7 @@ lasso = partial(quick_jit, static_argnames=("num_iterations", "nonneg", "trace")
 def scenes(operator: SensingOperator) -> jax.Array:
     """Three noisy frames: one target, a close pair, nothing but noise."""
     tables = [[(2.2, 1.9, 240.0)], [(1.8, 2.0, 230.0), (2.3, 2.4, 245.0)], []]
-    clean = render(from_lists(tables), frame_size=operator.frame_shape, sigma=0.5)
+    clean = render(from_lists(tables), frame_size=operator.frame_shape, psf=0.5)
     noise = np.random.default_rng(4).normal(size=clean.shape)
     return clean + jnp.asarray(noise, clean.dtype)
 

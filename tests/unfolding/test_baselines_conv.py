@@ -34,7 +34,7 @@ State = dict[str, np.ndarray]
 @cache
 def operator(side: int = SIDE, division: int = 3) -> SensingOperator:
     make = quick_jit(sensing_operator, static_argnames=("frame_size", "division"))
-    return make(side, division=division, sigma=0.5)
+    return make(side, division=division, psf=0.5)
 
 
 @cache
@@ -56,7 +56,7 @@ def parameters(name: str) -> Any:
 @cache
 def frames() -> np.ndarray:
     tables = [[(1.4, 1.6, 240.0), (1.8, 2.0, 225.0)], [(2.1, 0.9, 249.0)]]
-    return np.asarray(render(from_lists(tables), frame_size=SIDE, sigma=0.5), np.float32)
+    return np.asarray(render(from_lists(tables), frame_size=SIDE, psf=0.5), np.float32)
 
 
 @cache
@@ -177,7 +177,7 @@ def block(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
 def by_hand(name: str, y: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Maps and errors of all iterations, with the dense operator and a plain loop."""
     params, cfg = parameters(name), small(name).config
-    row = np.asarray(operator().response_row, float)
+    row = np.asarray(operator().response_row[0], float)
     phi = np.kron(row, row)
     shape = (len(y), 3 * SIDE, 3 * SIDE)
     y = y.reshape(len(y), -1).astype(float)
@@ -359,7 +359,7 @@ def test_forward_mode_by_the_psf_equals_differences_and_reverse_mode(x64: None) 
     weight = rng.normal(size=(len(y), 3 * SIDE, 3 * SIDE))
 
     def answer(sigma: jax.Array) -> jax.Array:
-        seen = sensing_operator(SIDE, division=3, sigma=sigma)
+        seen = sensing_operator(SIDE, division=3, psf=sigma)
         return (weight * network.apply(params, y, seen, unroll=1).x).sum()
 
     @quick_jit

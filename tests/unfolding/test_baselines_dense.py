@@ -39,13 +39,13 @@ build = quick_jit(sensing_operator, static_argnames=("frame_size", "division"))
 @cache
 def operator() -> SensingOperator:
     """The operator of most tests."""
-    return build(SIDE, division=3, sigma=0.5)
+    return build(SIDE, division=3, psf=0.5)
 
 
 @cache
 def frames() -> np.ndarray:
     tables = [[(1.8, 2.1, 240.0), (2.3, 1.7, 225.0)], [(2.1, 2.4, 230.0)]]
-    return np.asarray(render(from_lists(tables), frame_size=SIDE, sigma=0.5))
+    return np.asarray(render(from_lists(tables), frame_size=SIDE, psf=0.5))
 
 
 def small(name: str, **fields: Any) -> Network:
@@ -225,8 +225,8 @@ def test_untrained_network_is_the_classical_method(name: str) -> None:
 
 
 def test_vectors_run_row_by_row() -> None:
-    op = build((3, 4), division=2, sigma=np.array([0.5, 0.7], np.float32))
-    phi = np.asarray(quick_jit(dense.phi_matrix)(op))
+    op = build((3, 4), division=2, psf=np.array([0.5, 0.7], np.float32))
+    phi = np.asarray(quick_jit(type(op).matrix)(op))
     np.testing.assert_allclose(phi, phi_of(op), rtol=0, atol=1e-6)
     x = np.random.default_rng(0).normal(size=(2, *op.map_shape)).astype(np.float32)
     vectors = dense.as_vectors(x)
@@ -248,7 +248,7 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_number_of_parameters_on_the_benchmark(name: str) -> None:
-    make = partial(sensing_operator, 11, division=3, sigma=0.5)
+    make = partial(sensing_operator, 11, division=3, psf=0.5)
     shapes = jax.eval_shape(make_network(name).init, jax.random.key(0), jax.eval_shape(make))
     assert num_parameters(shapes) == SIZES[name]
 

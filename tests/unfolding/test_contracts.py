@@ -88,13 +88,13 @@ CENTRES = {
 
 
 def operator_of(name: str, frame_size: int | tuple[int, int] = SIDE) -> SensingOperator:
-    return build(frame_size, division=NETWORKS[name].config.division, sigma=0.5)
+    return build(frame_size, division=NETWORKS[name].config.division, psf=0.5)
 
 
 def shape_of_operator(name: str, frame_size: int | tuple[int, int]) -> Any:
     """Its shapes alone, where nothing is computed."""
     division = NETWORKS[name].config.division
-    make = partial(sensing_operator, frame_size, division=division, sigma=0.5)
+    make = partial(sensing_operator, frame_size, division=division, psf=0.5)
     return jax.eval_shape(make)
 
 
@@ -137,7 +137,7 @@ def frames() -> np.ndarray:
         [(2.3, 2.2, 230.0), (2.9, 2.3, 245.0), (2.5, 3.0, 221.0)],
         [(3.1, 1.9, 249.0)],
     ]
-    return np.asarray(render(from_lists(tables), frame_size=SIDE, sigma=0.5), np.float32)
+    return np.asarray(render(from_lists(tables), frame_size=SIDE, psf=0.5), np.float32)
 
 
 @cache
@@ -229,7 +229,7 @@ def test_gradient_by_the_psf_equals_finite_differences(x64: None, name: str) -> 
     @quick_jit
     def both(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         def answer(sigma: jax.Array) -> jax.Array:
-            operator = sensing_operator(SIDE, division=3, sigma=sigma)
+            operator = sensing_operator(SIDE, division=3, psf=sigma)
             return (weight * network.apply(params, y, operator, unroll=1).x).sum()
 
         return jax.value_and_grad(answer)(sigma)
@@ -272,7 +272,7 @@ def test_a_target_looks_the_same_on_frames_of_other_sizes(name: str) -> None:
 
     def around_the_target(shape: tuple[int, int]) -> np.ndarray:
         row, col = (side // 2 for side in shape)
-        y = render(from_lists([[(row + 0.2, col - 0.3, 240.0)]]), frame_size=shape, sigma=0.5)
+        y = render(from_lists([[(row + 0.2, col - 0.3, 240.0)]]), frame_size=shape, psf=0.5)
         answer = quick_jit(partial(network.apply, unroll=1))(params, y, operator_of(name, shape))
         return np.asarray(answer.x)[0, 3 * row - 3 : 3 * row + 6, 3 * col - 3 : 3 * col + 6]
 
@@ -367,7 +367,7 @@ def test_row05_frames_of_another_shape_are_refused(name: str) -> None:
 def test_row21_operator_of_another_division_is_refused(name: str) -> None:
     network = NETWORKS[name]
     own = network.config.division
-    other = build(SIDE, division=2, sigma=0.5)
+    other = build(SIDE, division=2, psf=0.5)
     message = f"the network divides pixels by {own}, the operator by 2"
     with pytest.raises(ValueError, match=message):
         network.init(jax.random.key(0), other)

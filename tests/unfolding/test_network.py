@@ -41,7 +41,7 @@ CENTRES = {
 @cache
 def structure(config: NetworkConfig) -> Any:
     """Shapes of the parameters, without the cost of drawing them."""
-    operator = build(7, division=config.division, sigma=0.5)
+    operator = build(7, division=config.division, psf=0.5)
     return jax.eval_shape(DSCSNet(config).init, jax.random.key(0), operator)
 
 
@@ -67,7 +67,7 @@ def frames() -> np.ndarray:
         [(2.9, 3.1, 240.0), (3.3, 3.5, 225.0)],
         [(2.8, 2.7, 230.0), (3.4, 2.8, 245.0), (3.0, 3.5, 221.0)],
     ]
-    return np.round(np.asarray(render(from_lists(tables), frame_size=7, sigma=0.5), np.float32))
+    return np.round(np.asarray(render(from_lists(tables), frame_size=7, psf=0.5), np.float32))
 
 
 @cache
@@ -79,7 +79,7 @@ def program(config: NetworkConfig, trace: bool) -> Callable[..., Unfolded]:
 def run(config: dict[str, Any], params: Any, y: np.ndarray, trace: bool = False) -> Unfolded:
     """The answer of a network with these switches, as NumPy."""
     switches = NetworkConfig(**config)
-    operator = build(y.shape[-1], division=switches.division, sigma=0.5)
+    operator = build(y.shape[-1], division=switches.division, psf=0.5)
     return jax.tree.map(np.asarray, program(switches, trace)(params, y, operator))
 
 
@@ -167,7 +167,7 @@ def test_default_parameter_count() -> None:
 def test_init_starts_as_classical_admm_with_a_small_correction() -> None:
     # One cell a pixel and four channels: nearly all kernels have one shape to compile.
     config = NetworkConfig(division=1, channels=4, threshold="scalar", iterations=3)
-    network, operator = DSCSNet(config), build(5, division=1, sigma=0.5)
+    network, operator = DSCSNet(config), build(5, division=1, psf=0.5)
     params = network.init(jax.random.key(7), operator)
     start = jax.tree.map(jax.nn.softplus, {**params["iterations"]["scalars"], **params["start"]})
     for name, value in {"rho": 0.1, "lam": 0.002, "eta": 1.0}.items():
@@ -200,8 +200,8 @@ def without_correction(params: Any) -> Any:
 
 def classical(config: NetworkConfig, params: Any, y: np.ndarray) -> tuple[np.ndarray, ...]:
     """All `x` and `z` of the ADMM of method.md, with dense matrices in NumPy."""
-    operator = build(y.shape[-1], division=config.division, sigma=0.5)
-    phi = np.kron(np.asarray(operator.response_row), np.asarray(operator.response_col))
+    operator = build(y.shape[-1], division=config.division, psf=0.5)
+    phi = np.asarray(operator.matrix())
 
     def value(raw: jax.Array) -> np.ndarray:
         return np.log1p(np.exp(np.asarray(raw)))
@@ -262,7 +262,7 @@ def test_without_correction_z_is_that_of_admm_lasso(x64: None) -> None:
     y = frames().astype(float)
     answer = run(config, params, y, trace=True)
     lasso = quick_jit(partial(admm_lasso, num_iterations=3))
-    operator = build(7, division=3, sigma=0.5)
+    operator = build(7, division=3, psf=0.5)
     expected = lasso(y, operator, rho=rho, lam=lam * 250.0, eta=eta).x
     np.testing.assert_allclose(answer.trace["z"][-1], expected, rtol=0, atol=1e-10)
 
@@ -389,7 +389,7 @@ def test_answer_moves_with_a_target_by_whole_pixels(resolution: str) -> None:
     config = {**SMALL, "iterations": 1, "transform_resolution": resolution}
     side, margin = 24, 9
     tables = [[(11.3 + d, 11.8 - d, 240.0), (11.8 + d, 11.9 - d, 230.0)] for d in (0, 1)]
-    y = render(from_lists(tables), frame_size=side, sigma=0.5)
+    y = render(from_lists(tables), frame_size=side, psf=0.5)
     still, moved = run(config, parameters(config), np.asarray(y)).x
     inner = slice(3 * margin, 3 * (side - margin))
     back = np.roll(moved, (-3, 3), (0, 1))
@@ -415,7 +415,7 @@ def with_noise(config: NetworkConfig) -> Callable[..., jax.Array]:
     network = DSCSNet(config)
 
     def answer(params: Any, y: jax.Array, noise: jax.Array) -> jax.Array:
-        operator = sensing_operator(7, division=3, sigma=0.5)
+        operator = sensing_operator(7, division=3, psf=0.5)
         return network.apply(params, y, operator, noise=noise, unroll=1).x
 
     return quick_jit(answer)
@@ -498,7 +498,7 @@ def framewise_slope() -> Callable[..., Any]:
     network = DSCSNet(NetworkConfig(**FRAMEWISE))
 
     def energy(params: Any, y: jax.Array, noise: jax.Array) -> jax.Array:
-        operator = sensing_operator(7, division=3, sigma=0.5)
+        operator = sensing_operator(7, division=3, psf=0.5)
         return (network.apply(params, y, operator, noise=noise, unroll=1).x ** 2).sum()
 
     return quick_jit(jax.grad(energy, argnums=(0, 1)))
@@ -526,7 +526,7 @@ def test_row07_whole_counts_give_the_answer_of_the_same_floats() -> None:
 
 def test_remat_and_unroll_change_neither_answer_nor_gradient(x64: None) -> None:
     config = {**PLAIN, "history": True}
-    network, operator = DSCSNet(NetworkConfig(**config)), build(7, division=3, sigma=0.5)
+    network, operator = DSCSNet(NetworkConfig(**config)), build(7, division=3, psf=0.5)
     params = jax.tree.map(lambda p: p.astype(float), parameters(config))
     y = frames().astype(float)
 

@@ -38,7 +38,7 @@ def solve(
     **options: Any,
 ) -> LassoSolution:
     """`solve_lasso` with arguments of one form, so that few programs serve all tests."""
-    lam = jnp.broadcast_to(jnp.asarray(lam, operator.sigma.dtype), y.shape[:1])
+    lam = jnp.broadcast_to(jnp.asarray(lam, operator.response_row.dtype), y.shape[:1])
     controls = {"tolerance": tolerance, "max_iterations": max_iterations, "rho": rho, "eta": eta}
     options = {"method": "fista", "nonneg": True, **options}
     return compiled(y, operator, lam=lam, **controls, **options)
@@ -48,7 +48,7 @@ def solve(
 def doubles(shape: tuple[int, int], division: int) -> SensingOperator:
     """The operator in float64, as NumPy arrays, also where it is asked for inside `jit`."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        return jax.tree.map(np.asarray, build(shape, division=division, sigma=0.5))
+        return jax.tree.map(np.asarray, build(shape, division=division, psf=0.5))
 
 
 def operator_of(shape: tuple[int, int] = SHAPE, division: int = DIVISION) -> SensingOperator:
@@ -58,7 +58,7 @@ def operator_of(shape: tuple[int, int] = SHAPE, division: int = DIVISION) -> Sen
 
 def dense(operator: SensingOperator) -> np.ndarray:
     """`Phi` as a matrix on row-major maps."""
-    return np.kron(np.asarray(operator.response_row), np.asarray(operator.response_col))
+    return np.asarray(operator.matrix())
 
 
 def flat(a: jax.Array) -> np.ndarray:
@@ -71,7 +71,7 @@ def counts(shape: tuple[int, int]) -> np.ndarray:
     """Three noisy frames: one target, a close pair, nothing but noise."""
     tables = [[(2.2, 1.9, 240.0)], [(1.8, 2.0, 230.0), (2.3, 2.6, 245.0)], []]
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        draw = quick_jit(partial(render, frame_size=shape, sigma=0.5))
+        draw = quick_jit(partial(render, frame_size=shape, psf=0.5))
         clean = np.asarray(draw(from_lists(tables)))
     return clean + 3 * np.random.default_rng(4).normal(size=clean.shape)
 
@@ -337,7 +337,7 @@ def probe(
 
     `theta` moves lam, sigma (row, col), the frames and the operator.
     """
-    operator = sensing_operator(SHAPE, division=DIVISION, sigma=theta[1:3])
+    operator = sensing_operator(SHAPE, division=DIVISION, psf=theta[1:3])
     operator = operator.replace(response_col=operator.response_col * (1 + theta[4]))
     y = scenes(operator_of()) + theta[3] * jnp.asarray(DIRECTION)
     answer = solve_lasso(

@@ -188,7 +188,7 @@ def least_squares(y: jax.Array, operator: SensingOperator) -> jax.Array:
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> op = sensing_operator(5, division=3, sigma=0.5)
+      >>> op = sensing_operator(5, division=3, psf=0.5)
       >>> y = op.apply(jnp.zeros((15, 15)).at[7, 7].set(1.0))
       >>> bool(jnp.abs(op.apply(least_squares(y, op)) - y).max() < 0.02)
       True

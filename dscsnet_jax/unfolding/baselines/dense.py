@@ -156,24 +156,13 @@ def matvec(matrix: jax.Array, v: jax.Array) -> jax.Array:
     return _highest("ij,bj->bi", matrix, v)
 
 
-def phi_matrix(operator: SensingOperator) -> jax.Array:
-    """`Phi` as a matrix (N M, c^2 N M) on vectors: `R_row` (x) `R_col`.
-
-    Example:
-      >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> phi_matrix(sensing_operator(4, division=3, sigma=0.5)).shape
-      (16, 144)
-    """
-    return jnp.kron(operator.response_row, operator.response_col)
-
-
 def scaled_adjoint(operator: SensingOperator) -> jax.Array:
     """`Phi^T / L` (c^2 N M, N M) with `L = ||Phi||^2`: a gradient step of length 1/L."""
-    return phi_matrix(operator).T / operator.norm() ** 2
+    return operator.matrix().T / operator.norm() ** 2
 
 
 def remainder(operator: SensingOperator) -> jax.Array:
     """`I - Phi^T Phi / L` (c^2 N M, c^2 N M): what a step of length 1/L leaves of the map."""
-    phi = phi_matrix(operator)
+    phi = operator.matrix()
     unit = jnp.eye(phi.shape[1], dtype=phi.dtype)
     return unit - _highest("ij,ik->jk", phi, phi) / operator.norm() ** 2

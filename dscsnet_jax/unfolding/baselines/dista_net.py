@@ -204,7 +204,7 @@ class DistaNet(ConvBaseline):
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> op = sensing_operator(5, division=3, sigma=0.5)
+      >>> op = sensing_operator(5, division=3, psf=0.5)
       >>> net = DistaNet(DistaNetConfig(frame_size=5, iterations=2, channels=4, hidden=4))
       >>> params = net.init(jax.random.key(0), op)
       >>> net.apply(params, jnp.zeros((4, 5, 5)), op).x.shape

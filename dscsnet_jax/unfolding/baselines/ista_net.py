@@ -78,7 +78,7 @@ class IstaNet(ConvBaseline):
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> op = sensing_operator(11, division=3, sigma=0.5)
+      >>> op = sensing_operator(11, division=3, psf=0.5)
       >>> net = IstaNet(IstaNetConfig(iterations=2, channels=4))
       >>> params = net.init(jax.random.key(0), op)
       >>> net.apply(params, jnp.zeros((4, 11, 11)), op).x.shape

@@ -71,7 +71,7 @@ class LAMP(dense.DenseBaseline):
 
     Example:
       >>> from dscsnet_jax.physics.optics import sensing_operator
-      >>> op = sensing_operator(5, division=3, sigma=0.5)
+      >>> op = sensing_operator(5, division=3, psf=0.5)
       >>> net = LAMP(LAMPConfig(frame_size=5, iterations=2))
       >>> params = net.init(jax.random.key(0), op)
       >>> net.apply(params, jnp.zeros((4, 5, 5)), op).x.shape
