@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dscsnet_jax.inference.lanes import sum_leading, sum_of
 
@@ -51,14 +52,17 @@ class Shapes(NamedTuple):
         return sum_leading(rows * once), sum_leading(rows[:, :, None] * rows[:, None] * twice)
 
     def _of_several(self, slope: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`products` of several terms, whose images are made first."""
-        number = range(self.along_col.shape[1])
-        images = [
-            sum_of(row * col[m][None] for row, col in zip(*self, strict=True)) for m in number
-        ]
-        once = sum_of(slope[:, m, None] * images[m] for m in number)
+        """`products` of several terms, whose images (N, M, 3K+1, ...) are made first."""
+
+        def add(images: jax.Array, term: Shapes) -> tuple[jax.Array, None]:
+            return images + term.along_row[:, None] * term.along_col[None], None
+
+        none = jnp.zeros_like(self.along_row[0][:, None] * self.along_col[0][None])
+        images, _ = jax.lax.scan(add, none, self)  # written out they take long to compile
+        number = range(images.shape[1])
+        once = sum_of(slope[:, m, None] * images[:, m] for m in number)
         twice = sum_of(
-            weight[:, m, None, None] * images[m][:, :, None] * images[m][:, None] for m in number
+            weight[:, m, None, None] * images[:, m, :, None] * images[:, m, None] for m in number
         )
         return sum_leading(once), sum_leading(twice)
 

@@ -211,19 +211,17 @@ class SceneModel:
         slope = jnp.where(self.mask, self.intensity_slope(v), 0)
         one = jnp.ones_like(theta[-1])
 
-        none = [0 * one] * (len(in_row) - 1)  # the level goes with the first term
+        first = jnp.arange(len(in_row)) == 0  # the level goes with the first term
 
-        def along(levels: list[jax.Array], *parts: jax.Array) -> jax.Array:
+        def along(level: jax.Array, *parts: jax.Array) -> jax.Array:
             """(R, N, 3K+1, ...) of parts (R, N, K, ...)."""
-            terms = (
-                [theta_of(a, b, c, level) for a, b, c in zip(*term, strict=True)]
-                for level, *term in zip(levels, *parts, strict=True)
-            )
-            return jnp.stack([jnp.stack(term) for term in terms])
+            levels = jnp.where(first.reshape(-1, 1, *(1,) * level.ndim), level[None, None], 0)
+            levels = jnp.broadcast_to(levels, (*parts[0].shape[:2], *level.shape))
+            return jax.vmap(jax.vmap(theta_of))(*parts, levels)
 
         rows = by_row * energy, in_row * energy, in_row * slope
-        along_row = along([one * self.seen.background_std, *none], *rows)
-        return Shapes(along_row, along([one, *none], in_col, by_col, in_col)), self._prior(theta)
+        along_row = along(one * self.seen.background_std, *rows)
+        return Shapes(along_row, along(one, in_col, by_col, in_col)), self._prior(theta)
 
     def _prior(self, theta: jax.Array) -> PriorTerms:
         """Minus the log prior's cost and derivatives, by the structure of its rows."""
