@@ -213,11 +213,11 @@ class SceneModel:
 
         first = jnp.arange(len(in_row)) == 0  # the level goes with the first term
 
-        def along(level: jax.Array, *parts: jax.Array) -> jax.Array:
+        def along(level: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
             """(R, N, 3K+1, ...) of parts (R, N, K, ...)."""
             levels = jnp.where(first.reshape(-1, 1, *(1,) * level.ndim), level[None, None], 0)
-            levels = jnp.broadcast_to(levels, (*parts[0].shape[:2], *level.shape))
-            return jax.vmap(jax.vmap(theta_of))(*parts, levels)
+            levels = jnp.broadcast_to(levels, (*a.shape[:2], *level.shape))
+            return jax.vmap(jax.vmap(theta_of))(a, b, c, levels)
 
         rows = by_row * energy, in_row * energy, in_row * slope
         along_row = along(one * self.seen.background_std, *rows)

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.preset import SPLITS, ClusterModel, Preset, Variation, presets
+from dscsnet_jax.physics.psf import Psf
 from dscsnet_jax.physics.sensor import Sensor, expose, variance
 from dscsnet_jax.physics.targets import Targets
 
@@ -154,12 +155,13 @@ def sample_targets(cluster: ClusterModel, frame_size: int, key: jax.Array) -> Ta
     )
 
 
-def simulate(preset: Preset, keys: jax.Array) -> Scene:
+def simulate(preset: Preset, keys: jax.Array, psf: Psf | None = None) -> Scene:
     """Simulate frames: scene -> optics -> sensor, vectorised over frames.
 
     Args:
       preset: the recipe.
       keys: (B,) PRNG keys, one per frame (see `frame_keys`).
+      psf: of the optics, if not the preset's Gaussian; not for presets that vary it.
 
     Returns:
       A `Scene` of B frames.
@@ -175,7 +177,8 @@ def simulate(preset: Preset, keys: jax.Array) -> Scene:
         targets = sample_targets(preset.cluster, preset.frame_size, target_key)
         if preset.variation is not None:
             return _varied(preset, preset.variation, targets, sensor_key)
-        expected = optics.render(targets, frame_size=preset.frame_size, psf=preset.sigma)
+        seen_by = preset.sigma if psf is None else psf
+        expected = optics.render(targets, frame_size=preset.frame_size, psf=seen_by)
         frame = expose(preset.sensor, sensor_key, expected)
         noise = jnp.sqrt(variance(preset.sensor, jnp.float32(0)))
         return Scene(targets, frame, jnp.asarray(preset.sensor.offset, noise.dtype), noise)

@@ -1,7 +1,10 @@
 """PSF: shares of pixels against numerical integration, derivatives, widths."""
 
+import re
+import types
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.polynomial.legendre import leggauss
+from scipy.special import ndtr
 
 from dscsnet_jax.physics.psf import (
     Gaussian,
@@ -194,6 +198,25 @@ def test_beyond_the_support_there_is_no_light(x64: None, name: str) -> None:
     away = np.maximum(*np.abs(np.indices(image.shape) - 80))
     assert image[away > reach].max() < 1e-7 * image.max() or reach >= 64
     assert image[away == reach - 1].max() > 1e-7 * image.max()
+
+
+def test_a_psf_of_ones_own_is_one_file(x64: None) -> None:
+    text = Path(__file__, "../../../CONTRIBUTING.md").resolve().read_text(encoding="utf-8")
+    found = re.search(r"<!-- psf:begin -->\n```python\n(.*?)```\n<!-- psf:end -->", text, re.DOTALL)
+    assert found is not None
+    module = types.ModuleType("psf_trail")
+    exec(compile(found[1], "psf_trail.py", "exec", dont_inherit=True), vars(module))
+    trail = module.Trail(0.5, 0.8)
+
+    def density(row: np.ndarray, col: np.ndarray) -> np.ndarray:
+        ends = [ndtr((row + end) / 0.5) for end in (0.4, -0.4)]
+        return (
+            (ends[0] - ends[1]) / 0.8 * np.exp(-((col / 0.5) ** 2) / 2) / 0.5 / (2 * np.pi) ** 0.5
+        )
+
+    got = shares(trail, jnp.array(PLACES[1]))
+    np.testing.assert_allclose(got, integrated(density, PLACES[1]), rtol=0, atol=2e-3)
+    assert float(got.sum()) == pytest.approx(1, abs=1e-6)
 
 
 def test_numbers_are_gaussians() -> None:
