@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/optics.py
 
-Frames with Gaussian noise of 1 count and the scenes of `csist`, whose lengths grow with the PSF's width. Beside
-each row the posterior from the true scene (`bayes_reference`), on the same frames.
+Frames with Gaussian noise of 1 count and the scenes of `csist`, whose lengths grow with the
+PSF's width. Beside each row the posterior from the true scene (`bayes_reference`), same frames.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{args.num} frames, {jax.devices()[0].device_kind}")
     print(
-        "| PSF | width | told | mAP | count right, % | within 1 / 2 sigma, % | width off, % | frames/s |"
+        "| PSF | width | told | mAP | count % | within 1 / 2 sigma, % | width off, % | frames/s |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in args.psf or PSFS:

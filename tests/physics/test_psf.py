@@ -1,6 +1,7 @@
 """PSF: shares of pixels against numerical integration, derivatives, widths."""
 
 import re
+import sys
 import types
 from collections.abc import Callable
 from functools import partial
@@ -200,19 +201,19 @@ def test_beyond_the_support_there_is_no_light(x64: None, name: str) -> None:
     assert image[away == reach - 1].max() > 1e-7 * image.max()
 
 
-def test_a_psf_of_ones_own_is_one_file(x64: None) -> None:
+def test_a_psf_of_ones_own_is_one_file(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path(__file__, "../../../CONTRIBUTING.md").resolve().read_text(encoding="utf-8")
     found = re.search(r"<!-- psf:begin -->\n```python\n(.*?)```\n<!-- psf:end -->", text, re.DOTALL)
     assert found is not None
     module = types.ModuleType("psf_trail")
+    monkeypatch.setitem(sys.modules, "psf_trail", module)  # where dataclasses look names up
     exec(compile(found[1], "psf_trail.py", "exec", dont_inherit=True), vars(module))
     trail = module.Trail(0.5, 0.8)
 
     def density(row: np.ndarray, col: np.ndarray) -> np.ndarray:
         ends = [ndtr((row + end) / 0.5) for end in (0.4, -0.4)]
-        return (
-            (ends[0] - ends[1]) / 0.8 * np.exp(-((col / 0.5) ** 2) / 2) / 0.5 / (2 * np.pi) ** 0.5
-        )
+        along_col = np.exp(-((col / 0.5) ** 2) / 2) / 0.5 / (2 * np.pi) ** 0.5
+        return (ends[0] - ends[1]) / 0.8 * along_col
 
     got = shares(trail, jnp.array(PLACES[1]))
     np.testing.assert_allclose(got, integrated(density, PLACES[1]), rtol=0, atol=2e-3)
