@@ -74,6 +74,7 @@ def fit(
     *,
     num_iterations: int | jax.Array = NUM_ITERATIONS,
     unroll: bool = False,
+    differentiable: bool = True,
 ) -> Fit:
     """Most probable positions and intensities near the start, window by window.
 
@@ -86,6 +87,7 @@ def fit(
       num_iterations: of Levenberg-Marquardt.
       unroll: differentiate through the iterations instead of by the optimality
         condition: slow, kept to check the latter.
+      differentiable: else it is traced in a fraction of the time, and has no derivative.
 
     Returns:
       A `Fit`. Its targets and level are differentiable with respect to the
@@ -126,8 +128,8 @@ def fit(
     def solve(_: object, theta: jax.Array) -> tuple[jax.Array, Quadratic]:
         return _minimise(theta, model, num_iterations)
 
-    if unroll:
-        theta, at = _minimise(theta, model, num_iterations, by_scan=True)
+    if unroll or not differentiable:
+        theta, at = _minimise(theta, model, num_iterations, by_scan=unroll)
     else:
         theta, at = jax.lax.custom_root(score, theta, solve, _solve_dense, has_aux=True)
     answer = _describe(*jax.lax.stop_gradient((theta, at, model)))

@@ -160,7 +160,9 @@ def _search(
 ) -> _Search:
     """Run the phases up to the given one."""
     start = jax.tree.map(jnp.asarray, start)
-    shapes = jax.eval_shape(lambda: fit(windows, start, known, num_iterations=0))
+    shapes = jax.eval_shape(
+        lambda: fit(windows, start, known, num_iterations=0, differentiable=False)
+    )
     empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     number = 1 if only_add else NUM_CHANGES
     length, slots = start.mask.shape
@@ -192,7 +194,7 @@ def _search(
         index = jnp.nonzero(state.wanted.reshape(-1), size=size, fill_value=length * number)[0]
         row = index // number
         seen, begin = _rows(windows, row), _rows(flat(state.starts), index)
-        new = fit(seen, begin, known, num_iterations=iterations[state.phase])
+        new = fit(seen, begin, known, num_iterations=iterations[state.phase], differentiable=False)
         reached = log_evidence(new, seen, known)
         reached = jnp.where(jnp.isfinite(reached), reached, -jnp.inf)
         pool = flat((state.starts, state.reached, state.wanted))

@@ -189,6 +189,7 @@ class SceneModel:
         """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`."""
         return pixels.variance(self.seen, self.known.gain, source, t)
 
+    @jax.jit  # programs ask for it in many places: it is traced once
     def quadratic(self, theta: jax.Array) -> Quadratic:
         """Cost, gradient and information at `theta`."""
         given = self.seen, self.known.gain
