@@ -20,8 +20,9 @@ from offgrid_score import coverage
 from dscsnet_jax.estimation.unmix import bayes_reference, known_of, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.physics import scene
-from dscsnet_jax.physics.psf import Gaussian, Moffat, Psf, rotated_gaussian
+from dscsnet_jax.physics.psf import Gaussian, Psf
 from dscsnet_jax.physics.psf_airy import airy
+from dscsnet_jax.physics.psf_gaussians import Moffat, rotated_gaussian
 from dscsnet_jax.physics.psf_tables import empirical
 
 NOISE, WIDTH = 1.0, 0.5

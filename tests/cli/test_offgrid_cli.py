@@ -155,7 +155,7 @@ def test_evaluate_uses_the_record_unless_it_is_blind(
     assert record.items() >= known.items()
     assert changed.items() >= (known | {"noise": 4.0, "prior": changed["prior"]}).items()
     assert changed["prior"] == ScenePrior(separation=0.2)
-    assert blind["sigma"] == 0.5
+    assert blind["psf"] == 0.5
     assert blind.keys().isdisjoint({"noise", "pedestal", "background", "gain", "prior"})
     assert blind["saturation"] == 255  # of the type of the images: nobody need tell
     # Of the level all is told or nothing: what the record has of it goes with its own other part.
@@ -258,7 +258,7 @@ def test_options_reach_the_library(
     how = ["--estimate=map", "--fit-psf", "--weights=csist_c3", "--max-targets=3"]
     assert main([*argv, *sensor, *scenes, *how]) == 0
     plain, known, elsewhere, full = asked
-    unset = {"sigma", "noise", "pedestal", "background", "gain", "prior"}
+    unset = {"psf", "noise", "pedestal", "background", "gain", "prior"}
     assert plain.keys().isdisjoint(unset)
     assert plain["saturation"] == 255  # of 8-bit images
     defaults = {"method": "dscsnet", "estimate": "mean", "fit_psf": False, "weights": None}
@@ -270,7 +270,7 @@ def test_options_reach_the_library(
         known["prior"].count,
         known["prior"].places,
     )
-    sensor_values = {"sigma": 0.48, "noise": 2, "pedestal": -5, "background": 3, "gain": 4}
+    sensor_values = {"psf": 0.48, "noise": 2, "pedestal": -5, "background": 3, "gain": 4}
     assert full.items() >= (sensor_values | {"saturation": math.inf}).items()
     assert full.items() >= {"estimate": "map", "fit_psf": True, "weights": "csist_c3"}.items()
     assert full["max_targets"] == 3

@@ -11,7 +11,8 @@ from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import Known, scene_prior
 from dscsnet_jax.maps.detect import LEAST_SNR, detect, peaks_of
 from dscsnet_jax.physics.optics import render
-from dscsnet_jax.physics.psf import Gaussian, Psf, rotated_gaussian
+from dscsnet_jax.physics.psf import Gaussian, Psf
+from dscsnet_jax.physics.psf_gaussians import rotated_gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 SIGMA = 0.5

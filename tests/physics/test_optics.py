@@ -16,7 +16,8 @@ from dscsnet_jax.physics.optics import (
     render,
     sensing_operator,
 )
-from dscsnet_jax.physics.psf import Gaussian, GaussianMixture, Psf, rotated_gaussian
+from dscsnet_jax.physics.psf import Gaussian, Psf
+from dscsnet_jax.physics.psf_gaussians import GaussianMixture, rotated_gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 GEOMETRIES = [((7, 7), 3), ((4, 6), 4), ((4, 4), 5), ((4, 3), 7)]

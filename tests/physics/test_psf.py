@@ -15,15 +15,8 @@ import pytest
 from numpy.polynomial.legendre import leggauss
 from scipy.special import ndtr
 
-from dscsnet_jax.physics.psf import (
-    Gaussian,
-    GaussianMixture,
-    Moffat,
-    Psf,
-    as_psf,
-    rotated_gaussian,
-    support,
-)
+from dscsnet_jax.physics.psf import Gaussian, Psf, as_psf, support
+from dscsnet_jax.physics.psf_gaussians import GaussianMixture, Moffat, rotated_gaussian
 
 SIZE = (13, 11)
 PLACES = [(6.0, 5.0), (5.7, 5.31), (6.45, 4.5)]
