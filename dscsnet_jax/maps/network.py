@@ -46,7 +46,7 @@ def check_width(weights: Weights, width: np.ndarray) -> None:
             return
         raise ValueError(
             f"the weights are trained for PSF sigmas of {trained[0]} to {trained[1]} pixels, "
-            f"got {width.tolist()}"
+            f"got {[float(str(value)) for value in width]}"
         )
     geometry = weights.metadata.geometry
     operator = _operator((3, 3), division=geometry.division, psf=width.astype(np.float32))

@@ -205,7 +205,7 @@ def test_the_width_of_the_psf_is_fitted_to_all_frames(
 
     def fit_width(*args: Any, **options: Any) -> tuple[Known, Targets]:
         answer = psf_width.fit_width(*args, **options)
-        widths.append(np.asarray(answer[0].sigma))
+        widths.append(np.asarray(answer[0].psf.width))
         return answer
 
     def alone(name: str, **changes: Any) -> scene.Preset:

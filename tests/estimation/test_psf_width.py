@@ -38,14 +38,14 @@ def noisy() -> tuple[Observation, Targets]:
 @pytest.mark.slow
 def test_width_of_the_psf_is_recovered(noisy: tuple[Observation, Targets]) -> None:
     seen, truth = noisy
-    wrong = KNOWN.replace(sigma=TRUE * np.float32(1.1))
+    wrong = KNOWN.replace(psf=Gaussian(TRUE * np.float32(1.1)))
     found, targets = fit_width(seen, flat(truth), wrong)
-    assert found.sigma.shape == (2,)
+    assert found.psf.width.shape == (2,)
     assert found.prior is KNOWN.prior
-    factor = np.asarray(found.sigma, float) / TRUE
+    factor = np.asarray(found.psf.width, float) / TRUE
     np.testing.assert_allclose(factor[0], factor[1], rtol=1e-5)
     # The scores of the frames by the width, at its estimate, tell its standard error.
-    widest = float(wrong.sigma.max() * np.exp(0.4))
+    widest = float(wrong.psf.width.max() * np.exp(0.4))
     parts = selected(seen, targets, found, compare=False, widest=widest)
     scores = np.concatenate(
         [

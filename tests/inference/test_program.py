@@ -104,6 +104,7 @@ _MESH = """
     from dscsnet_jax.inference.prior import Known, scene_prior
     from dscsnet_jax.inference.program import estimate
     from dscsnet_jax.physics.optics import render
+    from dscsnet_jax.physics.psf import Gaussian
     from dscsnet_jax.physics.targets import Targets
 
     rng = np.random.default_rng(0)
