@@ -40,7 +40,7 @@ class UnmixResult:
       effective_sample_size: (B, K) of the posterior's chains; inf without sampling.
       pedestal: (B,) electronic offset as given, or 0, counts.
       background, noise: (B,) as given or estimated, counts.
-      sigma: (B, 2) PSF standard deviations as given or fitted, pixels.
+      sigma: (B, 2) widths of the PSF as given or fitted, pixels.
       near_edge: (B, K) bool, target so close to the border that its PSF is cut off.
       saturated: (B, K) bool, a pixel within one pixel of the target is saturated.
       unresolved: (B, K) bool, target that its neighbour blends with, or that is probably

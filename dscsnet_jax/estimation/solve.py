@@ -199,7 +199,8 @@ def selected(
         before = light(windows.together(todo, kept))
         cuts = cut(observation, todo, num_free_slots=1, source=before)
         comparing = compare and (number < _SEARCHES or last)
-        done += [(w, run(w, known, comparing)) for w in cuts]
+        for w in cuts:
+            done += _counted(run, w, known, comparing, begins=number == 0)
         if last or not done:
             break
         found = gathered(done)
@@ -230,15 +231,34 @@ def selected(
     return done
 
 
+def _counted(
+    run: Callable[..., Selected], w: Windows, known: Known, comparing: bool, *, begins: bool
+) -> Counted:
+    """Windows with their answers; in the beginning those near others are only fitted.
+
+    The light of their neighbours as the start has it would ask for targets.
+    """
+    only = _near_others(w) & begins
+    parts = [(take_rows(w, np.flatnonzero(rows)), rows is not only) for rows in (~only, only)]
+    return [(part, run(part, known, comparing and may)) for part, may in parts if len(part.frame)]
+
+
 def _unfinished(w: Windows, s: Selected, change: np.ndarray, searching: bool) -> np.ndarray:
     """(W,) bool: no slot is left to add another target, or the other parts' light has changed."""
     full = np.asarray(s.fit.targets.mask).all(1) & searching
-    return full | (w.split & (windows.highest(w, change) > _SETTLED * w.observation.noise))
+    moved = windows.highest(w, change) > _SETTLED * w.observation.noise
+    return full | (_near_others(w) & moved)
+
+
+def _near_others(w: Windows) -> np.ndarray:
+    """(W,) bool: a part of a group, or light of others falls into the window."""
+    light = w.observation.neighbours.max((1, 2), initial=0)
+    return w.split | (light > _SETTLED * w.observation.noise)
 
 
 def _only_fitted(w: Windows, s: Selected) -> np.ndarray:
-    """(W,) bool: a part of a group, not compared with other counts."""
-    return w.split & (np.isfinite(s.log_evidence).sum(1) == 1)
+    """(W,) bool: seen with the light of others, and not compared with other counts."""
+    return _near_others(w) & (np.isfinite(s.log_evidence).sum(1) == 1)
 
 
 def _starts(done: Counted) -> tuple[Flat, np.ndarray]:

@@ -26,7 +26,7 @@ from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.maps.network import check_width, read_maps
-from dscsnet_jax.physics.psf import Psf, as_psf
+from dscsnet_jax.physics.psf import Gaussian, Psf, as_psf, require
 from dscsnet_jax.physics.scene import Preset, presets
 from dscsnet_jax.physics.targets import Targets, no_targets
 
@@ -200,6 +200,10 @@ def unmix(
         ScenePrior() if prior is None else prior,
     )
     width = np.asarray(known.psf.width)
+    require(
+        bool((np.isfinite(width) & (width > 0)).all()),
+        f"the PSF must have positive parameters, got {psf}",
+    )
     observation = _observed(y, noise, pedestal, background, saturation, gain)
     most = max(_ROOM, y.shape[1] * y.shape[2] // 8)  # of a start
     given = observation, weights, known
@@ -207,6 +211,10 @@ def unmix(
     with block_of(block):
         if method == "grid":
             check_width(weights, width)
+            require(
+                isinstance(known.psf, Gaussian),
+                "the map is that of a Gaussian PSF: tell none other",
+            )
             slots = most if max_targets is None else max_targets
             maps, read, over = read_maps(
                 *given, readout=readout, threshold=threshold, max_targets=slots
@@ -276,7 +284,8 @@ def _trained_well(weights: Weights) -> float:
 
 
 def _known(psf: Any, gain: float | None, prior: ScenePrior) -> Known:
-    told = jax.tree.map(lambda a: np.asarray(a, np.float32), as_psf(psf))
+    # As `fit_width` makes them: one structure, one program.
+    told = jax.tree.map(lambda a: np.asarray(a, np.float32), as_psf(psf).widened(1.0))
     return Known(told, None if gain is None else np.float32(gain), prior)
 
 

@@ -259,7 +259,7 @@ def frame_sources(targets: Targets, psf: Psf, like: np.ndarray) -> np.ndarray:
 def light_of(targets: Flat, psf: Psf, like: np.ndarray) -> np.ndarray:
     """Expected counts of all targets of each frame, in the shape (B, N, M) and type of `like`."""
     frame, place, intensity = targets
-    side = 2 * support(psf) + 1
+    side = 2 * min(support(psf), max(like.shape[1:])) + 1
     pixel = np.rint(place).astype(int) - side // 2
     one = from_arrays(
         (place - pixel).astype(like.dtype)[:, None],

@@ -33,11 +33,16 @@ def matched_filter(residual: jax.Array, weight: jax.Array, psf: Psf) -> tuple[ja
     def correlate(image: jax.Array, along_row: jax.Array, along_col: jax.Array) -> jax.Array:
         return jnp.einsum("tip,ij,tjq->pq", along_row, image, along_col, precision="highest")
 
-    def squared(along: jax.Array) -> jax.Array:
-        """Products of all pairs of terms: those of the PSF's square."""
-        return (along[:, None] * along[None]).reshape(-1, *along.shape[1:])
+    def of_pair(pair: jax.Array) -> jax.Array:
+        """What two terms add to the PSF's square."""
+        row, col = (along[pair[0]] * along[pair[1]] for along in (in_row, in_col))
+        return correlate(weight, row[None], col[None]) * jnp.where(pair[0] == pair[1], 1, 2)
 
-    information = correlate(weight, squared(in_row), squared(in_col))
+    pairs = jnp.asarray(np.stack(np.triu_indices(len(in_row)), 1))
+    information = of_pair(pairs[0])
+    if len(pairs) > 1:  # one after the other: large frames are large
+        add = lambda total, pair: (total + of_pair(pair), None)  # noqa: E731
+        information, _ = jax.lax.scan(add, information, pairs[1:])
     seen = information > 0
     signal = correlate(weight * residual, in_row, in_col)
     divisor = jnp.where(seen, information, 1)

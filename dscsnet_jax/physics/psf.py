@@ -12,6 +12,7 @@ Here is the Gaussian one; `psf_gaussians` has sums of several, `psf_tables` and 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Protocol
 
 import flax.struct
@@ -22,7 +23,7 @@ from jax.typing import ArrayLike
 
 _ROOT_2PI = math.sqrt(2 * math.pi)
 _FAINTEST = 1e-7  # of the brightest pixel, where a PSF's light ends
-_FARTHEST = 64  # pixels
+_FARTHEST = 64  # pixels, or 7 widths, to which light is looked for
 
 
 class Terms(Protocol):
@@ -160,13 +161,19 @@ def support(psf: Psf) -> int:
       >>> support(Gaussian(0.5))
       4
     """
-    num = 2 * _FARTHEST + 1
-    middle, terms = jnp.array(float(_FARTHEST)), psf.terms()
-    rows, cols = (np.asarray(terms.responses(axis, middle, num), float) for axis in (0, 1))
+    far = max(_FARTHEST, math.ceil(7 * float(np.max(psf.width))))
+    rows, cols = (np.asarray(along, float) for along in _profiles(psf, far))
     image = np.abs(rows.T @ cols)
-    away = np.abs(np.arange(num) - _FARTHEST)
+    away = np.abs(np.arange(2 * far + 1) - far)
     there = image > _FAINTEST * image.max()
     return int(np.where(there, np.maximum(away[:, None], away), 0).max()) + 1
+
+
+@partial(jax.jit, static_argnames="far")
+def _profiles(psf: Psf, far: int) -> list[jax.Array]:
+    """(R, 2 far + 1) responses along each axis, of a point in the middle."""
+    terms = psf.terms()
+    return [terms.responses(axis, jnp.array(float(far)), 2 * far + 1) for axis in (0, 1)]
 
 
 def require(true: bool, otherwise: str) -> None:

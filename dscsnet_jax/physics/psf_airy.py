@@ -91,6 +91,8 @@ class Airy:
 def airy(width: float, *, obscuration: float = 0.0, jitter: float = 0.0) -> Airy:
     """An `Airy` PSF within 8 lambda/D of its centre along each axis.
 
+    Others of the same square, `.replace(resolution=...)`, share its programs.
+
     Args:
       width: lambda/D, wavelength / diameter of the aperture, pixels.
       obscuration: diameter of the obscuration / that of the aperture, from 0 to below 1.

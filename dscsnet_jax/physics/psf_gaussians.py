@@ -12,10 +12,10 @@ import numpy as np
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
-from dscsnet_jax.physics.psf import GaussianTerms, floating
+from dscsnet_jax.physics.psf import GaussianTerms, floating, require
 
 _MOFFAT_TERMS = 10
-_MOST_NODES = 24
+_FEWEST_NODES, _MOST_NODES = 5, 24
 _NODES = 1e-3  # correlation to the power of their number: errors of pixels are 1/20 of it
 
 
@@ -31,6 +31,8 @@ class RotatedGaussian:
       sigma: (2,) standard deviations along the first and the second axis, pixels.
       angle: of the first axis from the rows' towards the columns', degrees.
       num_terms: nodes; see `rotated_gaussian`.
+
+    It is differentiable by the angle except where the axes are those of the pixels.
     """
 
     sigma: Any
@@ -73,17 +75,31 @@ class RotatedGaussian:
 def rotated_gaussian(sigma: tuple[float, float], angle: float) -> RotatedGaussian:
     """A `RotatedGaussian` with as many terms as its ellipticity asks for.
 
+    Args:
+      sigma: standard deviations along the first and the second axis, pixels.
+      angle: of the first axis from the rows' towards the columns', degrees.
+
+    Raises:
+      ValueError: if a width is not positive, or so many terms would be needed that it is better
+        given as an array.
+
     Example:
       >>> rotated_gaussian((0.45, 0.6), 30).num_terms
       5
     """
-    first, second = (float(s) ** 2 for s in sigma)
+    lengths = tuple(map(float, sigma))
+    positive = len(lengths) == 2 and all(0 < length < math.inf for length in lengths)
+    require(positive, f"sigma {sigma} of a rotated Gaussian: must be two positive widths in pixels")
+    first, second = (length**2 for length in lengths)
     twice = 2 * math.radians(angle)
     rc = (first - second) * math.sin(twice) / 2
     half = (first - second) * math.cos(twice) / 2
     rho = abs(rc) / math.sqrt((first / 2 + second / 2) ** 2 - half**2)
     nodes = math.ceil(math.log(_NODES) / math.log(rho)) if rho > _NODES else 1
-    return RotatedGaussian(tuple(map(float, sigma)), float(angle), min(nodes, _MOST_NODES))
+    require(
+        nodes <= _MOST_NODES, f"sigma {sigma} at {angle} degrees: too long, give it as an array"
+    )
+    return RotatedGaussian(lengths, float(angle), max(nodes, _FEWEST_NODES))
 
 
 @flax.struct.dataclass

@@ -166,11 +166,16 @@ def simulate(preset: Preset, keys: jax.Array, psf: Psf | None = None) -> Scene:
     Returns:
       A `Scene` of B frames.
 
+    Raises:
+      ValueError: if a PSF is given for a preset that varies it.
+
     Example:
       >>> scene = simulate(get_preset("csist"), frame_keys(0, "train", jnp.arange(2)))
       >>> scene.frames.shape, float(scene.frames.max()) <= 255.0
       ((2, 11, 11), True)
     """
+    if psf is not None and preset.variation is not None:
+        raise ValueError(f"{preset.name} draws the PSF of every frame: none can be given")
 
     def one(key: jax.Array) -> Scene:
         target_key, sensor_key = jax.random.split(key)

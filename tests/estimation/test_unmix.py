@@ -128,6 +128,18 @@ def test_targets_are_found_where_they_are_without_a_prior(method: str) -> None:
     np.testing.assert_allclose(answer.count_probability.sum(1), 1, rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["dscsnet", "greedy"])
+def test_bright_neighbours_ask_for_no_targets(method: str) -> None:
+    """The light that windows see of each other is first that of rough starts."""
+    table = [(10.0, 8.2, 3000.0), (10.3, 12.4, 1000.0), (14.5, 10.0, 2000.0)]
+    frame = jax.jit(partial(render, frame_size=21, psf=0.55))(from_lists([table]))
+    answer = in_map(frame, method=method, psf=0.55, noise=1.0, background=0.0)
+    assert answer.targets.count.tolist() == [3]
+    assert answer.chi_square[0] < 0.01  # there is no noise
+    found = np.sort(answer.targets.intensity[0, :3])
+    np.testing.assert_allclose(found, [1000, 2000, 3000], rtol=1e-3)
+
+
 def test_the_grid_alone_gives_no_errors(csist: tuple[Targets, np.ndarray]) -> None:
     answer = on_grid(csist[1][:BATCH], return_maps=True)
     assert np.isnan(answer.std).all()
