@@ -25,8 +25,8 @@ from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
-from dscsnet_jax.maps.network import check_width, read_maps
-from dscsnet_jax.physics.psf import Gaussian, Psf, as_psf, require
+from dscsnet_jax.maps.network import check_psf, read_maps
+from dscsnet_jax.physics.psf import Psf, as_psf, require
 from dscsnet_jax.physics.scene import Preset, presets
 from dscsnet_jax.physics.targets import Targets, no_targets
 
@@ -210,18 +210,14 @@ def unmix(
     maps: np.ndarray | None = None
     with block_of(block):
         if method == "grid":
-            check_width(weights, width)
-            require(
-                isinstance(known.psf, Gaussian),
-                "the map is that of a Gaussian PSF: tell none other",
-            )
+            check_psf(weights, known.psf)
             slots = most if max_targets is None else max_targets
             maps, read, over = read_maps(
                 *given, readout=readout, threshold=threshold, max_targets=slots
             )
             maps = maps if return_maps else None
             return grid_result(observation, read, known, truncated=over, maps=maps)
-        by_network = method == "dscsnet" and _trained_for(weights, width)
+        by_network = method == "dscsnet" and _trained_for(weights, known.psf)
         start = flat(no_targets(len(y), 1))
         if by_network:
             start = read_windows(*given, threshold=threshold, max_targets=most)
@@ -244,10 +240,10 @@ def unmix(
     return solved_result(solved, known, maps=maps, start=begun)
 
 
-def _trained_for(weights: Weights, width: np.ndarray) -> bool:
+def _trained_for(weights: Weights, psf: Psf) -> bool:
     """Whether the weights know a PSF; the caller of `unmix` is warned if not."""
     try:
-        check_width(weights, width)
+        check_psf(weights, psf)
     except ValueError as error:
         warnings.warn(f"{error}; this answer starts from detection", stacklevel=3)
         return False

@@ -79,8 +79,8 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
 
     Nor wider than the PSF's bend allows: where two targets coincide the window does not
     change to first order when they part, but `I/2 d^2` of the PSF's second derivative, of
-    norm `sqrt(3/(16 pi)) / s^3`, is a quartic well as wide as the Gaussian of information
-    `1.35 I/2 sqrt(3/(16 pi)) / (s^3 noise)`.
+    norm `sqrt(3/(16 pi)) / s^3` for a Gaussian of its width, is a quartic well as wide as the
+    Gaussian of information `1.35 I/2 sqrt(3/(16 pi)) / (s^3 noise)`.
     """
     prior, seen = model.known.prior, model.seen
     whole = 12 / max(seen.counts.shape[:2]) ** 2  # one over the variance of a uniform density

@@ -22,6 +22,7 @@ from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
 from dscsnet_jax.maps.tiling import TILE, tiled_map
 from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
+from dscsnet_jax.physics.psf import Gaussian, Psf, require
 from dscsnet_jax.physics.targets import Targets
 from dscsnet_jax.unfolding.registry import Network, make_network
 
@@ -37,8 +38,15 @@ def network_of(weights: Weights) -> Network:
     return make_network(weights.metadata.method, **weights.metadata.config)
 
 
-def check_width(weights: Weights, width: np.ndarray) -> None:
-    """The PSF must be among those that the weights were trained for."""
+def check_psf(weights: Weights, psf: Psf) -> None:
+    """The PSF must be among those that the weights were trained for.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    kind = type(psf).__name__
+    require(isinstance(psf, Gaussian), f"the weights are trained for Gaussian PSFs, got {kind}")
+    width = np.asarray(psf.width)
     trained = list(weights.metadata.training.get("sigma") or ())
     if len(trained) == 2 and trained[0] < trained[1]:
         slack = 1e-6
