@@ -33,7 +33,16 @@ for _name, _value in _SETTINGS.items():
 
 _MAPS = Path("/proc/self/maps")
 _MANY_MAPS = 20_000  # Linux aborts a process that has 65,530; a program takes about a hundred
+_SLOW_ROOMS = ("estimation", "inference", "unfolding")  # whose examples compile large programs
 _CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Examples of the rooms that compile large programs are slow."""
+    package = Path(__file__).parents[1] / "dscsnet_jax"
+    for item in items:
+        if item.path.parent in [package / room for room in _SLOW_ROOMS]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,6 +16,8 @@ from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.psf_tables import empirical
 from dscsnet_jax.physics.targets import Targets
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -50,7 +52,6 @@ def test_first_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert 90 < score <= 100
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("light")
 def test_python_block_of_other_optics_runs() -> None:
     place = (np.arange(33) - 16) / 4

@@ -48,7 +48,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "leaks": checking_leaks,
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
-pytestmark = pytest.mark.usefixtures("cache", "quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache", "quick_compilation")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -201,7 +201,6 @@ def test_float64_may_be_set_in_the_environment(csist: Path, tmp_path: Path) -> N
     assert theirs["psnr"] == pytest.approx(ours["psnr"], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_posterior_means_of_float64_set_in_the_environment(csist: Path, tmp_path: Path) -> None:
     expected = unmixed(tmp_path, csist, "greedy")
     out = tmp_path / "64.csv"

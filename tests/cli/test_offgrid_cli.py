@@ -30,7 +30,7 @@ FRAMES = 16
 MEAN, CELLS = "dscsnet (mean)", "grid (cells: reference rule)"
 
 Captured = pytest.CaptureFixture[str]
-pytestmark = pytest.mark.usefixtures("cache", "quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache", "quick_compilation")]
 
 
 def light_preset(name: str, **changes: Any) -> scene.Preset:

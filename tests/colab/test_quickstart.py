@@ -16,6 +16,8 @@ from nbclient import NotebookClient
 
 from dscsnet_jax.physics import scene
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parents[2] / "colab" / "quickstart.ipynb"
 
 

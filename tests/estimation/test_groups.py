@@ -13,6 +13,8 @@ from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.targets import from_lists
 
+pytestmark = pytest.mark.slow
+
 LINE = np.column_stack([np.full(13, 15.0), 5.0 + np.arange(13), np.full(13, 200.0)])
 _ANGLE = 2 * np.pi * np.arange(24) / 24
 _RADIUS = 24 / (2 * np.pi)  # pixels: neighbours are one pixel apart along the ring
@@ -66,7 +68,6 @@ def test_groups_that_a_window_holds_stay_whole_and_others_are_cut_at_the_gap() -
     assert part[5] != part[4]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("table", [LINE, RING], ids=["line", "ring"])
 def test_row12_more_targets_that_touch_than_a_window_holds_are_all_found(table: np.ndarray) -> None:
     """Told how bright they are: fewer and brighter ones one pixel apart give the same frame."""

@@ -16,6 +16,8 @@ from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
+pytestmark = pytest.mark.slow
+
 NOISY = scene.get_preset("csist_noise")
 FRAMES, NOISE = 32, 5.0
 TRUE = np.array([0.47, 0.53], np.float32)
@@ -35,7 +37,6 @@ def noisy() -> tuple[Observation, Targets]:
     return jax.tree.map(np.asarray, (seen, truth))
 
 
-@pytest.mark.slow
 def test_width_of_the_psf_is_recovered(noisy: tuple[Observation, Targets]) -> None:
     seen, truth = noisy
     wrong = KNOWN.replace(psf=Gaussian(TRUE * np.float32(1.1)))

@@ -23,6 +23,8 @@ from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.sensor import Sensor
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
+pytestmark = pytest.mark.slow
+
 NOISY = scene.get_preset("csist_noise")
 KNOWN = Known(psf=Gaussian(np.full(2, 0.5, np.float32)), prior=preset_prior(NOISY))
 LOW, HIGH = 220.0, 250.0

@@ -23,6 +23,8 @@ from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render, sensing_operator
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
+pytestmark = pytest.mark.slow
+
 CSIST = scene.get_preset("csist")
 KNOWN = known_of(CSIST)
 BATCH = 8  # the network is compiled once: every set of frames is filled up to this many

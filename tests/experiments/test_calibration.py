@@ -3,6 +3,8 @@
 import calibration
 import pytest
 
+pytestmark = pytest.mark.slow
+
 NUM = 200
 LEAST = 1e-4  # of 60 probabilities one is below this by chance in 170 runs; seeds are fixed
 
@@ -10,14 +12,12 @@ LEAST = 1e-4  # of 60 probabilities one is below this by chance in 170 runs; see
 CASES = [(p, s) for p in calibration.PRIORS for s in calibration.SENSORS if p != "wide cluster"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("prior", "sensor"), [*CASES, ("wide cluster", "gaussian")])
 def test_the_truth_is_as_often_within_an_interval_as_it_says(prior: str, sensor: str) -> None:
     found = calibration.calibrate(prior, sensor, NUM, seed=1)
     assert min(found.values()) > LEAST, found
 
 
-@pytest.mark.slow
 def test_error_bars_that_are_too_small_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     observe = calibration.observe
     monkeypatch.setattr(

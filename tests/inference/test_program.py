@@ -19,6 +19,8 @@ from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.physics.targets import Targets, from_lists
 
+pytestmark = pytest.mark.slow
+
 
 def empty(number: int, slots: int) -> Targets:
     return jax.tree.map(
@@ -133,7 +135,6 @@ _MESH = """
 """
 
 
-@pytest.mark.slow
 def test_a_mesh_of_devices_gives_the_same_answers():
     flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(

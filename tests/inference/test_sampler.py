@@ -14,6 +14,8 @@ from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
+pytestmark = pytest.mark.slow
+
 SIDE = 7
 
 

@@ -25,6 +25,8 @@ from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.sensor import Sensor
 from dscsnet_jax.physics.targets import Targets, from_lists
 
+pytestmark = pytest.mark.slow
+
 SIDE, NOISE = 9, 4.0
 OPTICS: dict[str, Any] = {"frame_size": SIDE, "psf": 0.5}
 WIDTH = np.full(2, 0.5, np.float32)
