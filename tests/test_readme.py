@@ -61,7 +61,8 @@ def test_python_block_of_other_optics_runs() -> None:
     frames = render(truth, frame_size=11, psf=empirical(array, oversampling=4))
     frames = np.asarray(frames) + np.random.default_rng(0).normal(0, 2, (1, 11, 11))
     told = {"array": array, "frames": frames, "unmix": partial(unmix, estimate="map")}
-    exec(compile(python_block("import empirical"), "README.md", "exec"), told)
+    with pytest.warns(UserWarning, match="starts from detection"):
+        exec(compile(python_block("import empirical"), "README.md", "exec"), told)
     assert told["answer"].targets.count.tolist() == [1]
     np.testing.assert_allclose(told["answer"].targets.position[0, :1], places, atol=0.03)
 

@@ -200,7 +200,7 @@ def selected(
         cuts = cut(observation, todo, num_free_slots=1, source=before)
         comparing = compare and (number < _SEARCHES or last)
         for w in cuts:
-            done += _counted(run, w, known, comparing, begins=number == 0)
+            done += _counted(run, w, known, comparing, begins=comparing and number == 0)
         if last or not done:
             break
         found = gathered(done)
@@ -236,9 +236,10 @@ def _counted(
 ) -> Counted:
     """Windows with their answers; in the beginning those near others are only fitted.
 
-    The light of their neighbours as the start has it would ask for targets.
+    The light of their neighbours as the start has it would ask for targets. Parts of a group have
+    their nearest neighbours as guests.
     """
-    only = _near_others(w) & begins
+    only = _near_others(w) & ~w.split & begins
     parts = [(take_rows(w, np.flatnonzero(rows)), rows is not only) for rows in (~only, only)]
     return [(part, run(part, known, comparing and may)) for part, may in parts if len(part.frame)]
 
