@@ -79,7 +79,8 @@ class SceneModel:
         prior = self.known.prior.intensity
         if prior is None:
             return self.scale * v
-        return prior.quantile(v) if self.uniform else prior.value(v)
+        # Steps may end within the softness of the walls, intensities never beyond the prior's.
+        return prior.quantile(jnp.clip(v, 0, 1)) if self.uniform else prior.value(v)
 
     def intensity_slope(self, v: jax.Array) -> jax.Array:
         """`dI/dv`, counts."""

@@ -145,23 +145,20 @@ class SensingOperator:
             spectral = spectral / jnp.expand_dims(scale, tuple(range(b.ndim - 2)))
             return _matmul("ij,...jk,lk->...il", basis_row, spectral, basis_col)
 
-        if self.num_terms > 1:
-
-            def product(s: jax.Array) -> jax.Array:
-                return self.apply(self.adjoint(s)) + rho * s
-
-            def iterate(matvec: Any, b: jax.Array) -> jax.Array:
-                return _conjugate_gradients(matvec, b, separable)
-
-            return jax.lax.custom_linear_solve(product, t, iterate, symmetric=True)
+        alone = self.num_terms == 1
         gram_row, gram_col = (
             _matmul("ia,ja->ij", r[0], r[0]) for r in (self.response_row, self.response_col)
         )
 
         def matvec(s: jax.Array) -> jax.Array:
-            return _matmul("ij,...jk,kl->...il", gram_row, s, gram_col) + rho * s
+            if alone:
+                return _matmul("ij,...jk,kl->...il", gram_row, s, gram_col) + rho * s
+            return self.apply(self.adjoint(s)) + rho * s
 
-        return jax.lax.custom_linear_solve(matvec, t, lambda _, b: separable(b), symmetric=True)
+        def solve(matvec: Any, b: jax.Array) -> jax.Array:
+            return separable(b) if alone else _conjugate_gradients(matvec, b, separable)
+
+        return jax.lax.custom_linear_solve(matvec, t, solve, symmetric=True)
 
     def data_step(self, y: jax.Array, v: jax.Array, rho: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Minimiser of `1/2 ||Phi r - y||^2 + rho/2 ||r - v||^2`, exactly.

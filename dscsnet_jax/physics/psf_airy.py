@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from dscsnet_jax.physics.psf import require
+from dscsnet_jax.physics.psf import floating, require
 from dscsnet_jax.physics.psf_tables import TabulatedTerms
 
 _SQUARE = 8  # lambda/D, half the side of the square in which an Airy pattern is tabulated
@@ -84,7 +84,7 @@ class Airy:
 
     def _lengths(self) -> tuple[jax.Array, jax.Array]:
         """Resolution and jitter, of the same floating type."""
-        resolution = jnp.asarray(self.resolution) * 1.0
+        resolution = floating(self.resolution)
         return resolution, jnp.asarray(self.jitter, resolution.dtype)
 
 

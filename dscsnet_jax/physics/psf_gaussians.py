@@ -44,7 +44,6 @@ class RotatedGaussian:
         (rr, cc), rc = self._covariance()
         width = self.width
         share = jnp.abs(rc) / jnp.sqrt(rr * cc)
-        share = jnp.where(share > 0, share, 0)
         nodes, weights = np.polynomial.hermite_e.hermegauss(self.num_terms)
         node = jnp.asarray(nodes, width.dtype)
         weight = jnp.asarray(weights / weights.sum(), width.dtype)
@@ -126,7 +125,7 @@ class Moffat:
         scale = fwhm / 2 / jnp.sqrt(2 ** (1 / beta) - 1)
         power = beta - 1
         # Logarithms of inverse variances around that of their mean.
-        low, high = -6.7 / _root(power), 0.25 + 1.6 / _root(power)
+        low, high = -6.7 / jnp.sqrt(power), 0.25 + 1.6 / jnp.sqrt(power)
         share = jnp.linspace(0, 1, _MOFFAT_TERMS, dtype=power.dtype)
         inverse = power * jnp.exp(low + (high - low) * share)
         log_weight = power * jnp.log(inverse) - inverse - gammaln(power)

@@ -15,7 +15,6 @@ from dscsnet_jax.estimation.windows import Windows, flat
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.inference.program import Selected
-from dscsnet_jax.inference.scene_model import HARD
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
 from dscsnet_jax.physics.optics import render
@@ -117,9 +116,8 @@ def test_intervals_of_the_mean_hold_the_truth(
     """Of the intensities, whose prior is uniform, and of the places on average."""
     mask = np.asarray(averaged.targets.mask)
     interval = averaged.interval[mask]
-    soft = 4 * HARD * (HIGH - LOW)  # the limits' own softness
-    assert (interval[:, 2, 0] >= LOW - soft).all()
-    assert (interval[:, 2, -1] <= HIGH + soft).all()
+    assert (interval[:, 2, 0] >= LOW).all()
+    assert (interval[:, 2, -1] <= HIGH).all()
     assert (np.diff(interval, axis=-1) >= 0).all()
     # A squared distance is the sum of two variances; the best pairing makes it a little less.
     variance = (averaged.std[..., :2] ** 2).sum(-1).sum(1) / mask.sum(1)

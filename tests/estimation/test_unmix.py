@@ -21,6 +21,7 @@ from dscsnet_jax.maps.readout import peak_centroids
 from dscsnet_jax.maps.tiling import TILE
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render, sensing_operator
+from dscsnet_jax.physics.psf_gaussians import Moffat
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 pytestmark = pytest.mark.slow
@@ -489,6 +490,17 @@ def test_weights_by_path_and_unknown_choices(csist: tuple[Targets, np.ndarray]) 
 def test_numbers_that_make_no_sense_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         unmix(np.zeros((11, 11)), **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("psf", [-0.5, (0.5, 0.0), float("nan"), Moffat(1.2, 1.0)])
+def test_row21_what_is_no_psf_is_refused(psf: Any) -> None:
+    with pytest.raises(ValueError, match="PSF must have positive parameters"):
+        unmix(np.zeros((11, 11)), psf=psf)
+
+
+def test_row21_the_map_alone_is_refused_for_other_psfs() -> None:
+    with pytest.raises(ValueError, match="trained for Gaussian PSFs, got Moffat"):
+        on_grid(np.zeros((11, 11)), psf=Moffat(0.86, 2.5))
 
 
 def test_presets_without_conditions_in_common_have_nothing_to_tell() -> None:

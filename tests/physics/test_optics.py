@@ -201,7 +201,7 @@ def test_apply_adjoint_solve_and_data_step_equal_the_dense_matrix(
 
 
 @pytest.mark.parametrize("name", PSFS)
-@pytest.mark.parametrize(("shape", "division"), GEOMETRIES[1:3])
+@pytest.mark.parametrize(("shape", "division"), GEOMETRIES)
 def test_adjoint_identity(x64: None, shape: tuple[int, int], division: int, name: str) -> None:
     operator = build(shape, division, name)
     y, x = random_maps(operator)
@@ -220,6 +220,16 @@ def test_operator_takes_any_leading_axes(x64: None, name: str) -> None:
         one = answers(operator, y[index], v[index], 0.1)
         for a, b in zip(one, batch, strict=True):
             np.testing.assert_allclose(b[index], a, atol=1e-10)
+
+
+def test_what_has_no_solution_is_nan_and_no_other_frame_is(x64: None) -> None:
+    operator = build((4, 6), 4, "mixture")
+    y, v = (jnp.asarray(a) for a in random_maps(operator))
+    expected = answers(operator, y, v, 0.1)[3:]
+    got = answers(operator, y.at[0, 1, 2].set(jnp.nan), v, 0.1)[3:]
+    for one, other in zip(got, expected, strict=True):
+        assert np.isnan(one[0]).all()
+        np.testing.assert_array_equal(one[1], other[1])
 
 
 @pytest.mark.parametrize(("name", "error"), [("gaussian", 1e-12), ("mixture", 1e-5)])

@@ -173,6 +173,17 @@ def test_the_first_axis_turns_from_rows_to_cols(x64: None) -> None:
     assert aslant[7, 6] > 2 * aslant[7, 4]  # rows and cols grow together
 
 
+@pytest.mark.parametrize(
+    ("sigma", "angle", "message"),
+    [((0.5, 0.0), 30, "two positive widths"), ((0.2, 1.6), 45, "give it as an array")],
+)
+def test_what_is_no_rotated_gaussian_is_refused(
+    sigma: tuple[float, float], angle: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rotated_gaussian(sigma, angle)
+
+
 def test_of_rounding_no_share_is_negative() -> None:
     place = jnp.linspace(-3.0, 14.0, 200_001)
     assert float(Gaussian(0.5).terms().responses(0, place, 11).min()) >= 0

@@ -12,6 +12,7 @@ from scipy import special, stats
 
 from dscsnet_jax.physics import optics, scene
 from dscsnet_jax.physics.preset import digital
+from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.sensor import expose
 
 NUM = 20_000
@@ -351,3 +352,15 @@ def test_psf_of_the_frames_has_the_range_told() -> None:
         low, high = np.where(wide, low, middle), np.where(wide, middle, high)
     assert stats.kstest(low, stats.uniform(0.4, 0.2).cdf).pvalue > 1e-3
     assert not made.noise.any()
+
+
+def test_a_psf_goes_with_presets_that_draw_none() -> None:
+    keys = scene.frame_keys(0, "val", np.arange(2))
+    with pytest.raises(ValueError, match="csist_varied draws the PSF"):
+        scene.simulate(scene.get_preset("csist_varied"), keys, psf=Gaussian(0.6))
+    narrow, wide = (
+        scene.simulate(scene.get_preset("csist_float"), keys, psf=psf)
+        for psf in (None, Gaussian(0.8))
+    )
+    np.testing.assert_array_equal(narrow.targets.position, wide.targets.position)
+    assert (narrow.frames.max((1, 2)) > 1.2 * wide.frames.max((1, 2))).all()
