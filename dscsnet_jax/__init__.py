@@ -1,9 +1,60 @@
-"""dscsnet_jax: tell closely spaced infrared point targets apart.
+"""dscsnet_jax: resolve closely spaced infrared point targets.
 
-Rooms, in the order the data walks through them: `physics` (grid, optics, scenes,
-sensor, limits), `unfolding` (ADMM unfolded into DSCSNet), `estimation` (map to
-targets), `evaluation` (scores), `training`, `io`, `cli`. Importing the package
-changes no global state and touches no device.
+    import dscsnet_jax as dj
+
+offers what `dir(dj)` lists, each loaded when it is first asked for: importing the package changes
+no global state and touches no device. These names, their arguments and what they mean stay through
+all releases of one major version (before 1.0: of one minor version); what else the rooms hold may
+change.
+
+Rooms, in the order the data walks through them: `physics` (grid, optics, scenes, sensor, limits),
+`io`, `unfolding` (ADMM unfolded into DSCSNet), `inference` (one scene model: fit, evidence,
+posterior), `maps` (frame to first targets), `estimation` (host side: `unmix`), `evaluation`
+(scores), `training`, `cli`.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "estimation.result": ("UnmixResult",),
+    "estimation.unmix": ("Options", "unmix"),
+    "evaluation.report": ("evaluate",),
+    "inference.evidence": ("log_evidence",),
+    "inference.fit": ("fit",),
+    "inference.intensity": ("Histogram", "LogNormal", "Uniform"),
+    "inference.known": ("Known",),
+    "inference.observation": ("observe",),
+    "inference.prior": ("ScenePrior", "scene_prior"),
+    "inference.sampler": ("sample",),
+    "io.weights": ("load_weights",),
+    "physics.optics": ("render", "sensing_operator"),
+    "physics.preset": ("Sensor",),
+    "physics.psf": ("Gaussian",),
+    "physics.psf_airy": ("airy",),
+    "physics.psf_gaussians": ("GaussianMixture", "Moffat", "rotated_gaussian"),
+    "physics.psf_tables": ("empirical",),
+    "physics.scene": ("frame_keys", "get_preset", "simulate"),
+    "physics.targets": ("Targets", "from_lists"),
+    "unfolding.registry": ("make_network",),
+    "unfolding.solvers": ("solve_lasso",),
+}
+_ROOM = {name: room for room, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted([*_ROOM, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOM[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

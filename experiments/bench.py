@@ -11,7 +11,7 @@ parameters are scored on the `test` split:
 - `mAP`, `AP05` .. `AP25`: of the map by the reference rule, every cell >= 50 counts;
 - `count`: frames whose number of peaks of the map is right;
 - `off mAP`, `off count`: with the fit off the grid behind it, sensor and prior known
-  (`unmix(weights=..., estimate="map")`).
+  (`unmix(estimate="map", options=Options(weights))`).
 
 `ista`, `fista` and `admm` solve the lasso to a relative gap of 1e-4, or as many iterations
 as the budget has, with the l1 weight that scores best on `val`; `greedy` is the fit without
@@ -51,7 +51,7 @@ from budget import (
 from ml_collections import ConfigDict
 
 from dscsnet_jax.cli.simulate import simulated
-from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.estimation.unmix import Options, unmix
 from dscsnet_jax.evaluation.metrics import count_accuracy
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.io.weights import Weights, load_weights
@@ -206,14 +206,15 @@ def step_of(config: ConfigDict, optimiser: optax.GradientTransformation) -> Step
 
 def network_maps(bench: Bench, weights: Weights) -> np.ndarray:
     """Maps (B, cN, cN) of the test frames."""
-    known = known_of(bench.preset)
-    answer = unmix(bench.frames, method="grid", weights=weights, return_maps=True, **known)
+    options = Options(weights, return_maps=True)
+    answer = unmix(bench.frames, bench.preset.known, method="grid", options=options)
     return np.asarray(answer.maps)
 
 
-def offgrid_scores(bench: Bench, **how: Any) -> Result:
+def offgrid_scores(bench: Bench, weights: Weights | None = None, **how: Any) -> Result:
     """With the fit off the grid behind the map, everything known of scene and sensor."""
-    answer = unmix(bench.frames, estimate="map", **how, **known_of(bench.preset))
+    how = how if weights is None else {**how, "options": Options(weights)}
+    answer = unmix(bench.frames, bench.preset.known, estimate="map", **how)
     scores = evaluate(answer.targets, bench.truth).as_dict()
     return {f"off {key}": scores[key] for key in ("mAP", "AP05", "AP25")} | {
         "off count": scores["count_accuracy"]
@@ -336,10 +337,10 @@ def solver_row(bench: Bench, method: str) -> Result:
 
 
 def solve(bench: Bench, method: str, frames: np.ndarray, lam: float) -> LassoSolution:
-    """The lasso's maps of frames without their offset."""
+    """The lasso's maps of frames without their pedestal."""
     preset = bench.preset
     operator = sensing_operator(preset.frame_size, division=preset.division, psf=preset.sigma)
-    y = jnp.asarray(frames - preset.sensor.offset)
+    y = jnp.asarray(frames - preset.sensor.pedestal)
     limit = bench.budget.solver_iterations
     return solve_lasso(y, operator, lam=lam, method=method, max_iterations=limit)
 

@@ -23,12 +23,14 @@ from scipy.special import softmax
 from scipy.stats import chi2, norm
 
 from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, ScenePrior, scene_prior
+from dscsnet_jax.inference.prior import ScenePrior, scene_prior
 from dscsnet_jax.inference.program import select
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.summary import LEVELS, Posterior
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets
 
@@ -114,10 +116,10 @@ def calibrate(prior: str, sensor: str, num: int, seed: int) -> dict[str, float]:
     """
     drawn = draw(prior, sensor, num, np.random.default_rng(seed))
     known: dict[str, Any] = {"background": 0.0} | SENSORS[sensor]
-    seen = observe(drawn.frames, noise=NOISE, **known)
+    seen = observe(drawn.frames, Sensor(read_noise=NOISE, **known))
     told = Known(psf=Gaussian(np.float32(SIGMA)), prior=PRIORS[prior])
     if "gain" in known:
-        told = dataclasses.replace(told, gain=np.float32(known["gain"]))
+        told = dataclasses.replace(told, sensor=Sensor(gain=np.float32(known["gain"])))
     targets = jax.tree.map(jnp.asarray, drawn.targets)
     answer = jax.tree.map(np.asarray, _answer(seen, targets, told, jax.random.key(seed)))
     truth, mask = _numbered(drawn.targets, answer.targets.position), drawn.targets.mask

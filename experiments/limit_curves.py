@@ -10,10 +10,10 @@ of the csist scenes at noise 2. Every method is told the sensor and the prior.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -21,8 +21,9 @@ import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
 from dscsnet_jax.estimation.result import UnmixResult
-from dscsnet_jax.estimation.unmix import bayes_reference, known_of, unmix
+from dscsnet_jax.estimation.unmix import bayes_reference, unmix
 from dscsnet_jax.evaluation.report import Scores, evaluate
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.scene import get_preset
@@ -32,10 +33,10 @@ NOISE = (0.5, 1.0, 2.0, 5.0, 10.0)
 DISTANCE = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0, 1.5)
 MIDDLE = 2.0
 SEED = 0
-METHODS: dict[str, Callable[[np.ndarray, Targets, dict[str, Any]], UnmixResult]] = {
-    "dscsnet": lambda frames, _, known: unmix(frames, **known),
-    "greedy": lambda frames, _, known: unmix(frames, method="greedy", **known),
-    "grid": lambda frames, _, known: unmix(frames, method="grid", **known),
+METHODS: dict[str, Callable[[np.ndarray, Targets, Known], UnmixResult]] = {
+    "dscsnet": lambda frames, _, known: unmix(frames, known),
+    "greedy": lambda frames, _, known: unmix(frames, known, method="greedy"),
+    "grid": lambda frames, _, known: unmix(frames, known, method="grid"),
     "Bayes reference": lambda frames, truth, known: bayes_reference(frames, truth, known),
 }
 Curves = dict[str, list[tuple[float, float, float]]]
@@ -63,7 +64,7 @@ def against_noise(num: int) -> Curves:
         preset = get_preset("csist_float", read_noise=noise)
         scene = simulated(preset, seed=SEED, split="test", num=num)
         for name, method in METHODS.items():
-            answer = method(np.asarray(scene.frames), scene.targets, known_of(preset))
+            answer = method(np.asarray(scene.frames), scene.targets, preset.known)
             add(curves[name], noise, evaluate(answer.targets, scene.targets))
     return curves
 
@@ -71,12 +72,12 @@ def against_noise(num: int) -> Curves:
 def against_distance(num: int) -> Curves:
     """(distance, mAP, RMSE) of two targets each, at any angle."""
     curves: Curves = {name: [] for name in METHODS}
-    known = known_of(get_preset("csist_float", read_noise=MIDDLE))
-    known["prior"] = scene_prior(intensity=(220.0, 250.0), count=(0.0, 0.5, 0.5))
+    prior = scene_prior(intensity=(220.0, 250.0), count=(0.0, 0.5, 0.5))
+    known = dataclasses.replace(get_preset("csist_float", read_noise=MIDDLE).known, prior=prior)
     rng = np.random.default_rng(SEED)
     for distance in DISTANCE:
         truth = pairs(rng, num, distance)
-        frames = np.asarray(render(truth, frame_size=11, psf=known["psf"]))
+        frames = np.asarray(render(truth, frame_size=11, psf=known.psf))
         frames = frames + MIDDLE * rng.standard_normal(frames.shape).astype(np.float32)
         for name, method in METHODS.items():
             answer = method(frames, truth, known)
@@ -101,7 +102,7 @@ def against_count(num: int) -> Curves:
     scene = simulated(preset, seed=SEED, split="test", num=num)
     counts = np.asarray(scene.targets.count)
     for name, method in METHODS.items():
-        answer = method(np.asarray(scene.frames), scene.targets, known_of(preset))
+        answer = method(np.asarray(scene.frames), scene.targets, preset.known)
         for count in range(1, 6):
             chosen = np.flatnonzero(counts == count)
             sides = (answer.targets, scene.targets)

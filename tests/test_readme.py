@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+import dscsnet_jax
 from dscsnet_jax.estimation.unmix import unmix
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.psf_tables import empirical
@@ -29,7 +31,8 @@ def light(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def light_preset(name: str, **changes: Any) -> scene.Preset:
         return whole(name, max_targets=2, **changes)
 
-    monkeypatch.setattr(scene, "get_preset", light_preset)
+    for module in (scene, dscsnet_jax):
+        monkeypatch.setattr(module, "get_preset", light_preset)
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -53,18 +56,25 @@ def test_first_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("light")
-def test_python_block_of_other_optics_runs() -> None:
+def test_python_block_of_other_optics_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = (np.arange(33) - 16) / 4
     array = np.exp(-(place[:, None] ** 2 / 0.4 + (place[None] - 0.3 * place[:, None]) ** 2 / 0.7))
     places = np.array([[5.2, 4.8]])
     truth = Targets(places[None], np.full((1, 1), 300.0), np.ones((1, 1), bool))
     frames = render(truth, frame_size=11, psf=empirical(array, oversampling=4))
     frames = np.asarray(frames) + np.random.default_rng(0).normal(0, 2, (1, 11, 11))
-    told = {"array": array, "frames": frames, "unmix": partial(unmix, estimate="map")}
+    monkeypatch.setattr(dscsnet_jax, "unmix", partial(unmix, estimate="map"))
+    monkeypatch.chdir(tmp_path)
+    told = {"array": array, "frames": frames}
     with pytest.warns(UserWarning, match="starts from detection"):
-        exec(compile(python_block("import empirical"), "README.md", "exec"), told)
+        exec(compile(python_block("dj.empirical"), "README.md", "exec"), told)
     assert told["answer"].targets.count.tolist() == [1]
     np.testing.assert_allclose(told["answer"].targets.position[0, :1], places, atol=0.03)
+    again = Known.from_json("sensor.json")
+    for a, b in zip(jax.tree.leaves(told["known"]), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["demo", "tests"])

@@ -345,7 +345,7 @@ def _linear(operator: SensingOperator, y: jax.Array) -> Any:
 
 @jax.jit
 def _limited(truth: Targets) -> Any:
-    sensor = Sensor(electrons_per_count=2.0)
+    sensor = Sensor(gain=2.0)
     root = limits.information_root(truth, frame_size=SIDE, psf=0.5, sensor=sensor)
     best = limits.preset_limit(jax.random.key(0), truth, NOISY)
     return root.swapaxes(-1, -2) @ root, limits.cramer_rao(root, truth.mask), best
@@ -360,7 +360,7 @@ def _on_the_grid(truth: Targets) -> list[jax.Array]:
 
 @jax.jit
 def _recorded(key: jax.Array, y: jax.Array) -> Any:
-    sensor = digital(8, read_noise=2.0, electrons_per_count=2.0)
+    sensor = digital(8, read_noise=2.0, gain=2.0)
     return expose(sensor, key, y), variance(sensor, y)
 
 

@@ -21,8 +21,10 @@ VERBS = {
     "train": "train a network on scenes simulated on the fly",
     "evaluate": "score a method on a set of frames with truth",
     "unmix": "tell the targets of your frames apart",
+    "known": "show or check what is known of a sensor and its scenes",
     "import-weights": "make weights of a published PyTorch checkpoint",
     "demo": "simulate, unmix, score and draw a picture",
+    "info": "print versions, devices, cache folder and weights",
 }
 STOPPED = 130
 """Exit code of a run that a signal stopped."""

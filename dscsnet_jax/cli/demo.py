@@ -10,7 +10,7 @@ import numpy as np
 
 from dscsnet_jax.cli import progress, scoring
 from dscsnet_jax.cli.simulate import simulated
-from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.estimation.unmix import Options, unmix
 from dscsnet_jax.evaluation.plot import plot_unmixing
 from dscsnet_jax.evaluation.report import format_table
 from dscsnet_jax.io.outputs import prepare_output, replacing
@@ -25,12 +25,12 @@ def run(args: argparse.Namespace) -> int:
     preset = get_preset(args.preset)
     scene = simulated(preset, seed=args.seed, split="test", num=args.num)
     frames, truth = np.asarray(scene.frames), scene.targets
-    known = known_of(preset)
+    known = preset.known
     with progress.stage("compiling"):
-        unmix(frames, **known)
+        unmix(frames, known)
     with progress.stage("unmixing"):
         start = time.perf_counter()
-        answer = unmix(frames, return_maps=True, **known)
+        answer = unmix(frames, known, options=Options(return_maps=True))
         seconds = time.perf_counter() - start
     name = scoring.label("dscsnet", "mean", "peaks")
     with progress.stage("scoring"):

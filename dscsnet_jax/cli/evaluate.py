@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dscsnet_jax.cli import options, progress, scoring
 from dscsnet_jax.cli.simulate import RECORD, recorded_preset
-from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.evaluation.report import format_table, join_batches
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.io.csist import CsistSplit, read_csist
 from dscsnet_jax.io.outputs import prepare_output, replacing
-from dscsnet_jax.physics.scene import Preset
-
-_LEVEL = {"pedestal", "background"}
+from dscsnet_jax.physics.preset import Preset, Sensor
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,20 +25,17 @@ def run(args: argparse.Namespace) -> int:
     with progress.stage("reading"):
         split = read_csist(args.data, one_based=args.one_based)
     preset = _preset_of(args.data, split)
-    known: dict[str, Any] = {"psf": split.sigma}
-    if np.isfinite(split.full_well):
-        known["saturation"] = split.full_well
+    well = split.full_well if np.isfinite(split.full_well) else None
+    known = Known(split.sigma, Sensor(saturation=well))
     if preset is not None and preset.variation is None and not args.blind:
-        known = known_of(preset)
+        known = preset.known
     if args.limit and (preset is None or preset.variation is not None):
         raise ValueError(f"--limit needs a set of one preset made by simulate, got {args.data}")
-    told = options.sensor_arguments(args)
-    if told.keys() & _LEVEL:  # the preset's other one does not go with it
-        known = {name: value for name, value in known.items() if name not in _LEVEL}
-    arguments = known | told | options.prior_arguments(args) | options.method_arguments(args)
+    known = options.known_of(args, known)
+    how = options.method_arguments(args, return_maps=True)
     size = len(split.frames) if args.fit_psf else max(args.block or 1, progress.RUN)
     answers = [
-        unmix(frames, return_maps=True, **arguments)
+        unmix(frames, known, **how)
         for frames in progress.tracked(progress.runs_of(split.frames, max(size, 1)), "unmixing")
     ]
     name = scoring.label(args.method, args.estimate, args.readout)

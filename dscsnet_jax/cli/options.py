@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
 from dscsnet_jax.physics.preset import Preset, presets
 
-_CHANGES = ("division", "frame_size", "sigma", "read_noise", "offset")
+if TYPE_CHECKING:
+    from dscsnet_jax.inference.known import Known
+    from dscsnet_jax.inference.prior import ScenePrior
+
+_CHANGES = ("division", "frame_size", "sigma", "read_noise", "pedestal")
+# Fields of the sensor and the flags that set them.
+_SENSOR = {
+    "read_noise": "noise",
+    "pedestal": "pedestal",
+    "background": "background",
+    "saturation": "saturation",
+    "gain": "gain",
+}
+_LEVEL = ("pedestal", "background")
 
 
 def add_preset(parser: argparse.ArgumentParser, choices: Iterable[str] = ()) -> None:
@@ -28,7 +42,8 @@ def add_changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frame-size", type=positive, help="detector pixels per side")
     parser.add_argument("--sigma", type=length, help="PSF standard deviation, pixels")
     parser.add_argument("--read-noise", type=counts, help="standard deviation of noise, counts")
-    parser.add_argument("--offset", type=counts, help="mean background, counts")
+    parser.add_argument("--pedestal", type=counts, help="electronic offset, counts")
+    parser.add_argument("--offset", type=counts, dest="pedestal", action=_Renamed)
 
 
 def changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,6 +101,12 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
 def add_sensor(parser: argparse.ArgumentParser) -> None:
     """What is known of optics and sensor; what is not given is estimated."""
     parser.add_argument(
+        "--known",
+        metavar="FILE|PRESET",
+        help="what is known: a file of `dscsnet known`, or all of a preset's frames; the options "
+        "below, and those of the scene, come before it",
+    )
+    parser.add_argument(
         "--sigma", type=length, help="PSF standard deviation, pixels; default: the weights'"
     )
     parser.add_argument(
@@ -114,34 +135,50 @@ def known_presets() -> dict[str, Preset]:
     return {name: preset for name, preset in presets().items() if preset.variation is None}
 
 
-def method_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `estimation.unmix.unmix`: how."""
-    names = ("method", "estimate", "readout", "weights", "block")
-    return {name: getattr(args, name) for name in names}
+def method_arguments(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Arguments of `estimation.unmix.unmix`: how; `more` goes into its `Options`."""
+    from dscsnet_jax.estimation.unmix import Options
+
+    names = ("readout", "weights", "block", "fit_psf")
+    options = Options(**{name: getattr(args, name) for name in names}, **more)
+    return {"method": args.method, "estimate": args.estimate, "options": options}
 
 
-def sensor_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `estimation.unmix.unmix`: optics and sensor, as far as given."""
-    names = ("noise", "pedestal", "background", "saturation", "gain")
-    given = {"psf": args.sigma} | {name: getattr(args, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None} | {
-        "fit_psf": args.fit_psf
-    }
+def known_of(args: argparse.Namespace, base: Known | None = None) -> Known:
+    """What is known: that of `--known`, or else of `base`, changed by what else is given."""
+    from dscsnet_jax.inference.known import Known
+
+    known = Known() if base is None else base
+    if args.known is not None:
+        presets = known_presets()
+        named = args.known in presets
+        known = presets[args.known].known if named else Known.from_json(args.known)
+    sensor = {name: getattr(args, flag) for name, flag in _SENSOR.items()}
+    sensor = {name: value for name, value in sensor.items() if value is not None}
+    if sensor.keys() & set(_LEVEL):  # the other one, of something else, does not go with it
+        sensor = dict.fromkeys(_LEVEL) | sensor
+    return dataclasses.replace(
+        known,
+        psf=known.psf if args.sigma is None else args.sigma,
+        sensor=dataclasses.replace(known.sensor, **sensor),
+        prior=_prior(args, known.prior),
+    )
 
 
-def prior_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `estimation.unmix.unmix`: the prior, if anything is given of it."""
+def _prior(args: argparse.Namespace, base: ScenePrior) -> ScenePrior:
+    """What is known of the scene: that of `--prior`, or else of `base`, changed as asked for."""
     from dscsnet_jax.inference.prior import preset_prior, scene_prior
 
     names = ("intensity", "separation", "cluster_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.prior is None:
-        return {"prior": scene_prior(**given)} if given else {}
-    known = preset_prior(presets()[args.prior])
-    whole = {name: getattr(known, name) for name in (*names, "count", "places")}
-    # The preset's place of the square goes with its size.
-    whole["cluster_offset"] = None if "cluster_size" in given else known.cluster_offset
-    return {"prior": scene_prior(**whole | given)}
+    if args.prior is not None:
+        base = preset_prior(presets()[args.prior])
+    if not given:
+        return base
+    whole = {name: getattr(base, name) for name in (*names, "count", "places")}
+    # The place of the square goes with its size.
+    whole["cluster_offset"] = None if "cluster_size" in given else base.cluster_offset
+    return scene_prior(**whole | given)
 
 
 class _Renamed(argparse.Action):

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation.unmix import bayes_reference, known_of
+from dscsnet_jax.estimation.unmix import bayes_reference
 from dscsnet_jax.evaluation.report import Scores, evaluate
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, threshold_cells
 from dscsnet_jax.physics.grid import grid_map
@@ -76,7 +76,7 @@ def guide_row(truth: Targets, preset: Preset) -> dict[str, Scores]:
 
 def reference_row(frames: np.ndarray, truth: Targets, preset: Preset) -> dict[str, Scores]:
     """Scores of the posterior that starts at the true scene and knows its count."""
-    best = bayes_reference(frames, truth, known_of(preset))
+    best = bayes_reference(frames, truth, preset.known)
     return {REFERENCE: evaluate(best.targets, truth)}
 
 

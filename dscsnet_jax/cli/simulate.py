@@ -20,6 +20,7 @@ from dscsnet_jax.physics.scene import Preset, Scene, frame_keys, get_preset, sim
 
 RECORD = "simulation.json"
 _BATCH = 2000
+_RENAMED = {"offset": "pedestal"}  # in records of before
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,6 +83,7 @@ def recorded_preset(folder: Path) -> Preset | None:
         return None
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        return get_preset(about["preset"], **about["changes"])
-    except (KeyError, TypeError, ValueError) as error:
+        changes = {_RENAMED.get(name, name): value for name, value in about["changes"].items()}
+        return get_preset(about["preset"], **changes)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a record of dscsnet simulate ({error})") from error

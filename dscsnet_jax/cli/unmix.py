@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -57,17 +58,16 @@ def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
 
 
 def _answer(stack: FrameStack, args: argparse.Namespace) -> UnmixResult:
-    sensor = options.sensor_arguments(args)
-    if np.isfinite(stack.full_well):
-        sensor = {"saturation": stack.full_well} | sensor
+    known = options.known_of(args)
+    if np.isfinite(stack.full_well) and known.sensor.saturation is None:
+        sensor = dataclasses.replace(known.sensor, saturation=stack.full_well)
+        known = dataclasses.replace(known, sensor=sensor)
     return unmix(
         stack.frames,
-        threshold=args.threshold,
+        known,
         max_targets=args.max_targets,
         mask_invalid=args.mask_invalid,
-        **options.method_arguments(args),
-        **sensor,
-        **options.prior_arguments(args),
+        **options.method_arguments(args, threshold=args.threshold),
     )
 
 

@@ -80,6 +80,7 @@ def unmix(parser: argparse.ArgumentParser) -> None:
     """Which frames, how to unmix them, and what is known of them."""
     parser.epilog = options.examples(
         "dscsnet unmix frames/ --out targets.csv",
+        "dscsnet unmix frames/ --known sensor.json --out targets.csv",
         "dscsnet unmix frames/ --prior csist --noise 0 --out targets.csv",
         "dscsnet unmix stack.npy a.png b.tif --mask-invalid",
     )
@@ -104,6 +105,26 @@ def unmix(parser: argparse.ArgumentParser) -> None:
         "--mask-invalid", action="store_true", help="leave NaN and Inf pixels out, flag the frame"
     )
     options.add_force(parser)
+
+
+def known(parser: argparse.ArgumentParser) -> None:
+    """Which file or preset, and what to do with it."""
+    parser.epilog = options.examples(
+        "dscsnet known show csist_noise --out sensor.json",
+        "dscsnet known check sensor.json",
+        "dscsnet known show sensor.json --plot psf.png",
+    )
+    parser.add_argument(
+        "action", choices=("show", "check"), help="show: a table with units; check: is it right?"
+    )
+    parser.add_argument("name", metavar="FILE|PRESET", help="a .json file, or a preset's name")
+    parser.add_argument("--plot", type=Path, help="picture of the PSF to write, .png")
+    parser.add_argument("--out", type=Path, help="write it as a .json file, to be edited")
+    options.add_force(parser)
+
+
+def info(parser: argparse.ArgumentParser) -> None:
+    """Nothing to say."""
 
 
 def import_weights(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ from dscsnet_jax.batching import in_blocks, windows_per_block
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.solve import gathered, sampled_windows, selected
 from dscsnet_jax.estimation.windows import Flat
-from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.evidence import laplace
 from dscsnet_jax.inference.fit import Fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.psf import Psf
 
 _REACHES = (0.3, 0.1)  # of the factor's logarithm, in each pass
@@ -55,10 +55,12 @@ def fit_width(
       >>> from dscsnet_jax.estimation.windows import flat
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(3.0, 3.2, 240.0)]])
-      >>> seen = observe(render(truth, frame_size=7, psf=0.5), noise=0.1, background=0.0)
+      >>> sensor = Sensor(read_noise=0.1, background=0.0)
+      >>> seen = observe(render(truth, frame_size=7, psf=0.5), sensor)
       >>> fit_width(seen, flat(truth), Known(psf=Gaussian(0.52)))[0].psf.width.round(2).tolist()
       [0.5, 0.5]
     """
@@ -120,4 +122,4 @@ def _widened(psf: Psf, factor: jax.Array) -> Psf:
 
 @jax.jit
 def _evidence(given: tuple[Fit, Observation], known: Known) -> jax.Array:
-    return log_evidence(*given, known, limits=False)  # they would make it jump with the width
+    return laplace(*given, known, limits=False)  # they would make it jump with the width

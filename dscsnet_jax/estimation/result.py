@@ -11,8 +11,8 @@ from scipy import ndimage
 from dscsnet_jax.estimation.groups import linked, reach_of_groups
 from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources, widest_of
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.targets import Targets
 
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
@@ -39,7 +39,7 @@ class UnmixResult:
         variance: about 1 where the model explains the frame; NaN for `grid`.
       effective_sample_size: (B, K) of the posterior's chains; inf without sampling.
       pedestal: (B,) electronic offset as given, or 0, counts.
-      background, noise: (B,) as given or estimated, counts.
+      background, noise: (B,) as given (the mean of a map) or estimated, counts.
       sigma: (B, 2) widths of the PSF as given or fitted, pixels.
       near_edge: (B, K) bool, target so close to the border that its PSF is cut off.
       saturated: (B, K) bool, a pixel within one pixel of the target is saturated.
@@ -49,7 +49,7 @@ class UnmixResult:
       unexplained: (B,) bool, the residual is larger than the noise.
       crowded: (B, K) bool, target of a group too large to be fitted at once: it was split.
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
-      invalid: (B,) bool, the frame had NaN or Inf pixels that were left out.
+      invalid: (B,) bool, the frame had NaN or Inf pixels that were left out, not known to be bad.
       start: (B,) text, where the first targets came from: `network` or `detection`.
       maps: (B, cN, cM) sub-pixel maps, counts; None unless asked for.
     """
@@ -137,7 +137,7 @@ def solved_result(
 
     Args:
       solved: of B frames.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       maps: (B, cN, cM) counts, or None.
       start: where the first targets came from.
     """
@@ -164,23 +164,24 @@ def _common(
 ) -> dict[str, Any]:
     """What is told of any answer."""
     sigma = np.asarray(known.psf.width)
+    bad = False if known.sensor.bad_pixels is None else np.asarray(known.sensor.bad_pixels)
     used, left = _left(seen, source)
     return {
         "targets": targets,
         "residual": np.sqrt((left**2).sum((1, 2), where=used) / np.maximum(used.sum((1, 2)), 1)),
-        "pedestal": seen.pedestal,
-        "background": seen.background,
-        "noise": seen.noise,
+        "pedestal": seen.pedestal.mean((1, 2)),
+        "background": seen.background.mean((1, 2)),
+        "noise": np.sqrt((seen.noise**2).mean((1, 2))),
         "sigma": np.broadcast_to(sigma, (len(seen.counts), 2)),
         "near_edge": _near_edge(targets, seen.counts.shape[1:], sigma),
         "saturated": _near_saturated(targets, seen.saturated),
-        "invalid": ~seen.valid.all((1, 2)),
+        "invalid": ~(seen.valid | bad).all((1, 2)),
     }
 
 
 def _left(seen: Observation, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels that tell (B, N, M), and what is left of them with all targets subtracted."""
-    return seen.valid & ~seen.saturated, seen.counts - seen.level[:, None, None] - source
+    return seen.valid & ~seen.saturated, seen.counts - seen.level - source
 
 
 def _chi_square(
@@ -188,10 +189,10 @@ def _chi_square(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B,) chi square per pixel, and its standard deviation if the noise is all there is."""
     used, left = _left(seen, source)
-    photons = np.maximum(seen.background[:, None, None] + source, 0)
-    shot = 0.0 if known.gain is None else photons / known.gain
+    photons = np.maximum(seen.background + source, 0)
+    shot = 0.0 if known.effective_gain is None else photons / known.effective_gain
     number = np.maximum(used.sum((1, 2)), 1)
-    total = (left**2 / (seen.noise[:, None, None] ** 2 + shot)).sum((1, 2), where=used)
+    total = (left**2 / (seen.noise**2 + shot)).sum((1, 2), where=used)
     return total / number, np.sqrt(2 / number)
 
 

@@ -28,8 +28,8 @@ from dscsnet_jax.estimation.windows import Flat, Windows
 from dscsnet_jax.inference import observation as observing
 from dscsnet_jax.inference import program, sampler
 from dscsnet_jax.inference.fit import Fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.inference.sampler import Posterior
 from dscsnet_jax.maps.detect import peaks_of
@@ -89,7 +89,7 @@ def solve(
     Args:
       observation: B whole frames.
       start: first targets of the frames.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       max_targets: slots of the answer; None: as many as are found.
       estimate: `map`: the fit; `mean`: the posterior mean.
       estimate_noise: measure noise and background once more on the residual, where no
@@ -109,10 +109,12 @@ def solve(
       >>> from dscsnet_jax.estimation.windows import flat
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 4.6, 240.0), (5.1, 5.4, 200.0)]])
-      >>> seen = observe(render(truth, frame_size=11, psf=0.5), noise=1.0, background=0.0)
+      >>> sensor = Sensor(read_noise=1.0, background=0.0)
+      >>> seen = observe(render(truth, frame_size=11, psf=0.5), sensor)
       >>> answer = solve(seen, flat(truth), Known(psf=Gaussian(0.5)), max_targets=4, estimate="map")
       >>> answer.targets.intensity.round().tolist()
       [[240.0, 200.0, 0.0, 0.0]]
@@ -178,7 +180,7 @@ def selected(
     Args:
       observation: B whole frames, NumPy arrays.
       start: first targets.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       compare: with other counts; else those of the start are kept.
       greedy: only add targets, one at a time.
       widest: as of `windows.cut`.
@@ -247,14 +249,14 @@ def _counted(
 def _unfinished(w: Windows, s: Selected, change: np.ndarray, searching: bool) -> np.ndarray:
     """(W,) bool: no slot is left to add another target, or the other parts' light has changed."""
     full = np.asarray(s.fit.targets.mask).all(1) & searching
-    moved = windows.highest(w, change) > _SETTLED * w.observation.noise
+    moved = windows.highest(w, change) > _SETTLED * windows.noise_of(w)
     return full | (_near_others(w) & moved)
 
 
 def _near_others(w: Windows) -> np.ndarray:
     """(W,) bool: a part of a group, or light of others falls into the window."""
     light = w.observation.neighbours.max((1, 2), initial=0)
-    return w.split | (light > _SETTLED * w.observation.noise)
+    return w.split | (light > _SETTLED * windows.noise_of(w))
 
 
 def _only_fitted(w: Windows, s: Selected) -> np.ndarray:
@@ -285,7 +287,7 @@ def sampled(
     Args:
       observation: B whole frames, NumPy arrays.
       targets: best those of a fit.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       seed: of the chains.
 
     Returns:
@@ -368,7 +370,7 @@ def _remeasured(observation: Observation, targets: Flat, known: Known) -> Observ
     source = windows.light_of(targets, known.psf, observation.counts)
     number = np.bincount(targets.frame, minlength=len(source)).astype(source.dtype)
     size = frames_per_block(source.shape[1:])
-    return in_blocks(_remeasure, (observation, source, number), known.gain, size=size)
+    return in_blocks(_remeasure, (observation, source, number), known.effective_gain, size=size)
 
 
 def _missed(observation: Observation, targets: Flat, known: Known) -> Flat:

@@ -11,8 +11,8 @@ import numpy as np
 
 from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.groups import nearest_distance
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Weights
 from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.maps.network import network_of, read_maps

@@ -6,6 +6,7 @@ frames -> noise and background -> windows -> network -> map -> read-out -> fit, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from pathlib import Path
@@ -21,13 +22,14 @@ from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_resul
 from dscsnet_jax.estimation.solve import solve
 from dscsnet_jax.estimation.start import read_windows
 from dscsnet_jax.estimation.windows import flat
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
 from dscsnet_jax.io.frames import as_frames, full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.maps.network import check_psf, read_maps
-from dscsnet_jax.physics.psf import Psf, as_psf, require
-from dscsnet_jax.physics.scene import Preset, presets
+from dscsnet_jax.physics.preset import Sensor, presets
+from dscsnet_jax.physics.psf import Psf, as_psf
+from dscsnet_jax.physics.sensor import PER_PIXEL
 from dscsnet_jax.physics.targets import Targets, no_targets
 
 DEFAULT_WEIGHTS = "varied_c3"
@@ -47,33 +49,32 @@ def pretrained(name: str = DEFAULT_WEIGHTS) -> Weights:
     return load_weights(packaged_weights(name))
 
 
-def known_of(preset: Preset) -> dict[str, Any]:
-    """Arguments of `unmix` that tell all there is to know of a preset's scenes and sensor.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How `unmix` works, where its defaults do not serve.
 
-    Raises:
-      ValueError: if the preset's conditions differ from frame to frame.
-
-    Example:
-      >>> known_of(presets()["csist_noise"])["pedestal"]
-      10.0
+    Attributes:
+      weights: `Weights`, a file of them, the name of packaged ones, or None: the default.
+      readout: of the map: `peaks` (sub-cell centroids, one target a peak) or, for `grid`
+        only, `cells` (reference rule of the benchmark: each cell above the threshold).
+      threshold: least energy of a target read out, counts; None: by prior and noise, or
+        50 counts for `cells`.
+      fit_psf: fit one common factor to the PSF's width, from all frames together.
+      block: windows, and at most so many frames, that are computed together; None: what suits
+        the device, whatever the number of frames. Another number changes the answers by
+        rounding.
+      return_maps: make, or keep, the maps of whole frames; None is returned without a network.
     """
-    if preset.variation is not None:
-        raise ValueError(f"every frame of {preset.name} has a sensor of its own")
-    sensor = preset.sensor
-    return {
-        "psf": as_psf(preset.sigma),
-        "noise": float(sensor.read_noise),
-        "pedestal": float(sensor.offset),
-        "background": 0.0,
-        "saturation": float(sensor.saturation),
-        "gain": None if sensor.electrons_per_count is None else float(sensor.electrons_per_count),
-        "prior": preset_prior(preset),
-    }
+
+    weights: Weights | str | Path | None = None
+    readout: str = "peaks"
+    threshold: float | None = None
+    fit_psf: bool = False
+    block: int | None = None
+    return_maps: bool = False
 
 
-def bayes_reference(
-    frames: Any, truth: Targets, known: dict[str, Any], *, seed: int = 0
-) -> UnmixResult:
+def bayes_reference(frames: Any, truth: Targets, known: Known, *, seed: int = 0) -> UnmixResult:
     """Posterior mean of frames whose scene is known: what estimates can hope for.
 
     The chains start at the true targets and keep their number. Where a posterior has
@@ -83,16 +84,15 @@ def bayes_reference(
     Args:
       frames: (B, N, M) frames, counts.
       truth: their targets.
-      known: what is known of scene and sensor, as `known_of` tells.
+      known: what is known of optics, sensor and scene.
       seed: of the posterior's random numbers.
 
     Returns:
       `UnmixResult`.
     """
-    sensor = (known[name] for name in ("noise", "pedestal", "background", "saturation", "gain"))
-    told = _known(known["psf"], known["gain"], known["prior"])
+    told = known.for_windows()
     solved = solve(
-        _observed(np.asarray(frames, np.float32), *sensor),
+        _observed(np.asarray(frames, np.float32), known.sensor),
         flat(truth),
         told,
         max_targets=np.asarray(truth.mask).shape[1],
@@ -100,144 +100,132 @@ def bayes_reference(
         from_start=True,
         seed=seed,
     )
-    return solved_result(solved, told)
+    return solved_result(solved, dataclasses.replace(known, psf=told.psf))
 
 
 def unmix(
     frames: Any,
+    known: Known | None = None,
     *,
     method: str = "dscsnet",
     estimate: str = "mean",
-    prior: ScenePrior | None = None,
-    weights: Weights | str | Path | None = None,
-    psf: Psf | float | tuple[float, float] | None = None,
-    fit_psf: bool = False,
-    noise: float | None = None,
-    pedestal: float | None = None,
-    background: float | None = None,
-    saturation: float | None = None,
-    gain: float | None = None,
-    readout: str = "peaks",
-    threshold: float | None = None,
     max_targets: int | None = None,
     mask_invalid: bool = False,
-    block: int | None = None,
     seed: int = 0,
-    return_maps: bool = False,
+    options: Options | None = None,
 ) -> UnmixResult:
     """Resolve the targets of frames.
 
     Frames may have any size: the network looks at windows around what stands out of the
     noise (for `grid`, at whole frames, the large ones in overlapping tiles), and targets
     are fitted in windows. One frame never changes another
-    frame's answer (but for `fit_psf`, which is shared).
+    frame's answer (but for a fit of the PSF, which is shared).
 
     Args:
       frames: (N, M), (B, N, M) or (B, N, M, 1) array of counts, any real dtype.
+      known: what is known of optics, sensor and scene; None: nothing. Where it does not tell,
+        the PSF is that of the weights; noise and background are estimated from each frame (the
+        background is what its level is above the pedestal, which is then 0); saturation is the
+        full well of the type for frames of 8 or 16 bit, or that of the sensor the weights were
+        trained for; there is no shot noise. Rounding adds noise where frames hold whole counts.
       method: `dscsnet`: the network's read-out, refined off the grid, its count checked (where
         the weights are trained for another PSF: peaks of the residual instead, with a warning);
         `greedy`: no network, one target at a time at the residual's peak, refined alike;
         `grid`: the network's map alone, read out.
       estimate: `mean`: posterior mean; `map`: the fit. Not for `grid`.
-      prior: what is known of the scene (`inference.prior`); None: nothing.
-      weights: `Weights`, a file of them, the name of packaged ones, or None: the default.
-      psf: a `physics.psf.Psf`; a number or a pair are the widths of a Gaussian one, pixels; None:
-        that of the weights.
-      fit_psf: fit one common factor to the PSF's width, from all frames together.
-      noise: standard deviation of a pixel's read noise, counts; None: estimated from each
-        frame. Rounding is added where frames hold whole counts.
-      pedestal: electronic offset under every pixel, counts; it has no noise. None: 0.
-      background: light under every pixel, counts, with shot noise by the gain; None:
-        estimated from each frame, as what its level is above the pedestal.
-      saturation: full well, counts, at which pixels tell only a lower limit; None: that
-        of the type for frames of 8 or 16 bit, or of the sensor the weights were trained
-        for where it is known.
-      gain: electrons per count of the shot noise; None: none.
-      readout: of the map: `peaks` (sub-cell centroids, one target a peak) or, for `grid`
-        only, `cells` (reference rule of the benchmark: each cell above the threshold).
-      threshold: least energy of a target read out, counts; None: by prior and noise, or
-        50 counts for `cells`.
       max_targets: slots per frame, `K`; None: as many as are found, at least 16.
       mask_invalid: leave NaN and Inf pixels out and flag the frame, instead of an error.
-      block: windows, and at most so many frames, that are computed together; None: what suits
-        the device, whatever the number of frames. Another number changes the answers by
-        rounding.
       seed: of the posterior's random numbers.
-      return_maps: make, or keep, the maps of whole frames; None is returned without a network.
+      options: how it works in detail; None: as it is best.
 
     Returns:
       `UnmixResult`.
 
     Raises:
-      ValueError: for frames that are not images of real, finite counts; an unknown method,
-        estimate or read-out; for `grid`, weights trained for another PSF.
+      ValueError: for frames that are not images of real, finite counts; what is known and
+        cannot be, or is not of these frames; an unknown method, estimate or read-out; for `grid`,
+        weights trained for another PSF.
 
     Example:
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 4.7, 240.0), (5.1, 5.5, 200.0)]])
-      >>> answer = unmix(render(truth, frame_size=11, psf=0.5), noise=0.1, estimate="map")
+      >>> y = render(truth, frame_size=11, psf=0.5)
+      >>> answer = unmix(y, Known(sensor=Sensor(read_noise=0.1)), estimate="map")
       >>> answer.targets.count.tolist(), answer.status()[0, :2].tolist()
       ([2], ['ok', 'ok'])
       >>> [round(float(x), 2) for x in answer.targets.position[0, 1]]
       [5.1, 5.5]
     """
-    _check_choices(method, estimate, readout)
-    y = as_frames(frames, mask_invalid=mask_invalid)
-    named = weights is not None
-    if not isinstance(weights, Weights):
-        weights = _load(weights)
-    if saturation is None:
-        own = full_well(getattr(frames, "dtype", float))
-        saturation = own if np.isfinite(own) or not named else _trained_well(weights)
-    with np.errstate(over="ignore"):  # counts beyond float32 become infinite, and so invalid
-        y = as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
+    known, options = known or Known(), options or Options()
+    _check_choices(method, estimate, options.readout)
     if max_targets is not None and max_targets < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
-    known = _known(
-        weights.metadata.geometry.sigma if psf is None else psf,
-        gain,
-        ScenePrior() if prior is None else prior,
-    )
-    width = np.asarray(known.psf.width)
-    require(
-        bool((np.isfinite(width) & (width > 0)).all()),
-        f"the PSF must have positive parameters, got {psf}",
-    )
-    observation = _observed(y, noise, pedestal, background, saturation, gain)
+    y = _frames(frames, known.sensor.bad_pixels, mask_invalid=mask_invalid)
+    weights = options.weights if isinstance(options.weights, Weights) else _load(options.weights)
+    named = options.weights is not None
+    known = _completed(known, full_well(getattr(frames, "dtype", float)), weights, named=named)
+    known = known.checked(y.shape)
+    observation, told = _observed(y, known.sensor), known.for_windows()
     most = max(_ROOM, y.shape[1] * y.shape[2] // 8)  # of a start
-    given = observation, weights, known
     maps: np.ndarray | None = None
-    with block_of(block):
+    read = functools.partial(
+        read_maps,
+        observation,
+        weights,
+        told,
+        readout=options.readout,
+        threshold=options.threshold,
+    )
+    with block_of(options.block):
         if method == "grid":
-            check_psf(weights, known.psf)
-            slots = most if max_targets is None else max_targets
-            maps, read, over = read_maps(
-                *given, readout=readout, threshold=threshold, max_targets=slots
-            )
-            maps = maps if return_maps else None
-            return grid_result(observation, read, known, truncated=over, maps=maps)
-        by_network = method == "dscsnet" and _trained_for(weights, known.psf)
+            check_psf(weights, told.psf)
+            maps, found, over = read(max_targets=most if max_targets is None else max_targets)
+            maps = maps if options.return_maps else None
+            return grid_result(observation, found, known, truncated=over, maps=maps)
+        by_network = method == "dscsnet" and _trained_for(weights, told.psf)
         start = flat(no_targets(len(y), 1))
         if by_network:
-            start = read_windows(*given, threshold=threshold, max_targets=most)
-        if by_network and return_maps:
-            maps = read_maps(*given, readout=readout, threshold=threshold, max_targets=1)[0]
+            start = read_windows(
+                observation, weights, told, threshold=options.threshold, max_targets=most
+            )
+        if by_network and options.return_maps:
+            maps = read(max_targets=1)[0]
         greedy = method == "greedy"
-        if fit_psf:
-            known, start = fit_width(observation, start, known, greedy=greedy, seed=seed)
+        if options.fit_psf:
+            told, start = fit_width(observation, start, told, greedy=greedy, seed=seed)
         solved = solve(
             observation,
             start,
-            known,
+            told,
             max_targets=max_targets,
             estimate=estimate,
-            estimate_noise=noise is None,
+            estimate_noise=known.sensor.read_noise is None,
             greedy=greedy,
             seed=seed,
         )
     begun = "network" if by_network else "detection"
-    return solved_result(solved, known, maps=maps, start=begun)
+    return solved_result(solved, dataclasses.replace(known, psf=told.psf), maps=maps, start=begun)
+
+
+def _frames(frames: Any, bad_pixels: Any, *, mask_invalid: bool) -> np.ndarray:
+    """The frames (B, N, M) as float32; what bad pixels hold does not matter."""
+    y = as_frames(frames, mask_invalid=mask_invalid or bad_pixels is not None)
+    if bad_pixels is not None and np.shape(bad_pixels) == y.shape[1:]:
+        y = np.where(np.asarray(bad_pixels, bool), 0, y)
+    with np.errstate(over="ignore"):  # counts beyond float32 become infinite, and so invalid
+        return as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
+
+
+def _completed(known: Known, well: float, weights: Weights, *, named: bool) -> Known:
+    """What is known, with the PSF of the weights and a full well where none is told."""
+    psf = weights.metadata.geometry.sigma if known.psf is None else known.psf
+    sensor = known.sensor
+    if sensor.saturation is None:
+        own = well if np.isfinite(well) or not named else _trained_well(weights)
+        sensor = dataclasses.replace(sensor, saturation=own)
+    return dataclasses.replace(known, psf=as_psf(psf), sensor=sensor)
 
 
 def _trained_for(weights: Weights, psf: Psf) -> bool:
@@ -279,35 +267,19 @@ def _trained_well(weights: Weights) -> float:
     return float(preset.sensor.saturation)
 
 
-def _known(psf: Any, gain: float | None, prior: ScenePrior) -> Known:
-    # As `fit_width` makes them: one structure, one program.
-    told = jax.tree.map(lambda a: np.asarray(a, np.float32), as_psf(psf).widened(1.0))
-    return Known(told, None if gain is None else np.float32(gain), prior)
-
-
-def _observed(
-    y: np.ndarray,
-    noise: float | None,
-    pedestal: float | None,
-    background: float | None,
-    saturation: float,
-    gain: float | None,
-) -> Observation:
+def _observed(y: np.ndarray, sensor: Sensor) -> Observation:
     """The frames with their sensor, block by block."""
-    given = {"noise": noise, "pedestal": pedestal, "background": background, "gain": gain}
-    told = {name: value for name, value in given.items() if value is not None}
-    for name, value in told.items():
-        least = -np.inf if name in ("pedestal", "background") else 0
-        if not (least <= value < np.inf and value != -np.inf):
-            bound = "" if least else ", at least 0"
-            raise ValueError(f"{name} must be finite counts{bound}, got {value!r}")
-    for name, value in {"saturation": saturation, "gain": 1.0 if gain is None else gain}.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
+    told = {name: getattr(sensor, name) for name in PER_PIXEL}
+    of_frames = {name: v for name, v in told.items() if np.ndim(v) in (1, 3)}
+    shared = dataclasses.replace(sensor, **dict.fromkeys(of_frames))
+    numbers = dataclasses.replace(shared, bad_pixels=None)
+    numbers = jax.tree.map(lambda a: np.asarray(a, np.float32), numbers)
+    shared = dataclasses.replace(numbers, bad_pixels=sensor.bad_pixels)
     size = frames_per_block(y.shape[1:])
-    return in_blocks(_observe, y, told | {"saturation": np.float32(saturation)}, size=size)
+    return in_blocks(_observe, (y, of_frames), shared, size=size)
 
 
 @jax.jit
-def _observe(frames: jax.Array, sensor: dict[str, float]) -> Observation:
-    return observe(frames, **sensor)
+def _observe(given: tuple[jax.Array, dict[str, Any]], sensor: Sensor) -> Observation:
+    frames, of_frames = given
+    return observe(frames, dataclasses.replace(sensor, **of_frames))

@@ -27,7 +27,7 @@ from dscsnet_jax.estimation.groups import (
     ranks,
     reach_of_groups,
 )
-from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.observation import PER_PIXEL, Observation
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.psf import Psf, support
 from dscsnet_jax.physics.targets import Targets, from_arrays
@@ -218,6 +218,11 @@ def highest(windows: Windows, image: np.ndarray) -> np.ndarray:
     return np.where(inside, image[(windows.frame[:, None, None], *at)], 0).max((1, 2), initial=0)
 
 
+def noise_of(windows: Windows) -> np.ndarray:
+    """(W,) read noise of each window, counts: its root mean square."""
+    return np.sqrt((windows.observation.noise**2).mean((1, 2)))
+
+
 def padded(
     targets: Flat, values: list[np.ndarray], num_frames: int, max_targets: int | None
 ) -> tuple[Targets, list[np.ndarray], np.ndarray]:
@@ -300,11 +305,14 @@ def _pixels(
         saturated=observation.saturated[at] & inside,
         neighbours=np.where(inside, source[at], zero),
         origin=origin.astype(source.dtype),
-        **{
-            name: getattr(observation, name)[frame]
-            for name in ("noise", "pedestal", "background", "background_std")
-        },
+        background_std=observation.background_std[frame],
+        **{name: _of_windows(getattr(observation, name), at) for name in PER_PIXEL},
     )
+
+
+def _of_windows(values: np.ndarray, at: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Pixels (W, P, P) of maps (B, N, M), or of (B, 1, 1) the number (W, 1, 1) of each window."""
+    return values[at[0][:, 0, 0]] if values.shape[1:] == (1, 1) else values[at]
 
 
 def _pixels_at(
@@ -325,5 +333,5 @@ def _with_neighbours(seen: Observation, own: np.ndarray) -> Observation:
     A group alone in its frame must not feel the rounding of the difference.
     """
     others = np.where(seen.valid, seen.neighbours - own, 0).astype(own.dtype)
-    tells = np.abs(others) > 1e-3 * seen.noise[:, None, None]
+    tells = np.abs(others) > 1e-3 * seen.noise
     return dataclasses.replace(seen, neighbours=np.where(tells, others, 0))

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dscsnet_jax.evaluation.matching import Batch, as_batch
 from dscsnet_jax.physics import grid
+from dscsnet_jax.physics.psf import Psf
 from dscsnet_jax.physics.targets import Targets
 
 if TYPE_CHECKING:
@@ -93,6 +95,52 @@ def plot_unmixing(
     handles, labels = panels[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def plot_psf(psf: Psf, *, reach: int = 5, finer: int = 8) -> Figure:
+    """Light of a point in a pixel, against the way from the point to the pixel.
+
+    Args:
+      psf: a `physics.psf.Psf`.
+      reach: pixels to each side.
+      finer: values per pixel.
+
+    Returns:
+      A Matplotlib figure: the image, in powers of ten, and its profiles along the axes.
+
+    Example:
+      >>> from dscsnet_jax.physics.psf import Gaussian
+      >>> [axes.get_title() for axes in plot_psf(Gaussian(0.5)).axes[:2]]
+      ['share of the light in a pixel', 'profiles']
+    """
+    away, image = _oversampled(psf, reach, finer)
+    figure = _new_figure(1)
+    figure.clear()
+    overview, profiles = figure.subplots(1, 2)
+    ends = (away[0], away[-1])
+    faint = np.log10(np.maximum(image, 1e-7))
+    shown = overview.imshow(faint, extent=(*ends, *ends[::-1]), vmin=-6, cmap="viridis")
+    figure.colorbar(shown, ax=overview, label="log10 of the share")
+    overview.set(title="share of the light in a pixel", xlabel="col, pixels", ylabel="row, pixels")
+    middle = len(away) // 2
+    profiles.semilogy(away, np.maximum(image[middle], 1e-7), label="along the columns")
+    profiles.semilogy(away, np.maximum(image[:, middle], 1e-7), "--", label="along the rows")
+    profiles.set(title="profiles", xlabel="pixels from the point", ylabel="share of the light")
+    profiles.legend()
+    return figure
+
+
+def _oversampled(psf: Psf, reach: int, finer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ways (S,) from a point to a pixel along an axis, and the pixel's light (S, S)."""
+    number = 2 * reach + 1
+    place = np.float32(reach) - np.arange(finer) / np.float32(finer)
+    terms = psf.terms()
+    in_row, in_col = (
+        np.asarray(terms.responses(axis, jnp.asarray(place), number)).reshape(-1, number * finer)
+        for axis in (0, 1)
+    )
+    last = (number - 1) * finer + 1  # as far to one side as to the other
+    return np.arange(last) / finer - reach, (in_row.T @ in_col)[:last, :last]
 
 
 def _new_figure(num_rows: int) -> Figure:

@@ -17,10 +17,10 @@ import numpy as np
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import Fit, scaled
 from dscsnet_jax.inference.intensity import IntensityPrior
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.matched_filter import matched_filter, places
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import scene_model
 from dscsnet_jax.physics.psf import Psf
 from dscsnet_jax.physics.targets import Targets
@@ -41,7 +41,7 @@ def changes(best: Fit, observation: Observation, known: Known, *, only_add: bool
     Args:
       best: fits of B windows.
       observation: the windows.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       only_add: only the one with a target more at the residual's peak.
 
     Returns:
@@ -57,7 +57,8 @@ def _changes(best: Fit, observation: Observation, known: Known, *, only_add: boo
     targets, std = best.targets, best.std
     model = scene_model(observation, targets.mask, known)
     source, t = model.source(best.theta), best.theta[-1]
-    residual = observation.counts - observation.neighbours - source - best.level
+    level = observation.level + observation.background_std * t
+    residual = observation.counts - observation.neighbours - source - level
     residual = jnp.where(observation.saturated, jnp.maximum(residual, 0), residual)
     weight = jnp.where(observation.valid, 1 / model.variance(source, t)[0], 0)
     added = _with_peak_added(targets, residual, weight, known.psf, known.prior.intensity)

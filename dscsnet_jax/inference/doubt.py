@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dscsnet_jax.inference.changes import closest_pair
 from dscsnet_jax.inference.fit import Fit
-from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.known import Known
 
 NEAR, DOUBTED = 1, 2
 """Degrees of doubt."""

@@ -14,12 +14,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from dscsnet_jax.inference import pixels, spd
-from dscsnet_jax.inference.fit import Fit, scaled
+from dscsnet_jax.inference.fit import NUM_ITERATIONS, Fit, fit, scaled
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last, largest, to_lanes
-from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
 from dscsnet_jax.inference.theta import pairs_of, present_of, spread, theta_of
 from dscsnet_jax.physics.targets import Targets
@@ -27,10 +28,40 @@ from dscsnet_jax.physics.targets import Targets
 _QUARTIC = 1.35 / 2 * (3 / (16 * np.pi)) ** 0.5
 
 
-@lanes_last
 def log_evidence(
-    best: Fit, observation: Observation, known: Known, *, limits: bool = True
+    frames: ArrayLike, targets: Targets, known: Known, *, num_iterations: int = 2 * NUM_ITERATIONS
 ) -> jax.Array:
+    """How probable frames are with so many targets, whatever their places and intensities.
+
+    For small frames or windows, one group of targets each. It is differentiable by every
+    number of what is known, of optics, sensor and scene alike.
+
+    Args:
+      frames: (B, N, M) recorded counts.
+      targets: `Targets` (B, K, ...) from which the fit starts.
+      known: PSF, sensor and scene prior.
+      num_iterations: of the fit.
+
+    Returns:
+      (B,) natural logarithms, as of `laplace`; their derivative is NaN where the fit has not
+      converged.
+
+    Example:
+      >>> import dscsnet_jax as dj
+      >>> truth = dj.from_lists([[(3.0, 2.6, 240.0), (3.1, 3.4, 200.0)]])
+      >>> y = dj.render(truth, frame_size=7, psf=0.5)
+      >>> def evidence(noise):
+      ...     known = Known(dj.Gaussian(0.5), dj.Sensor(read_noise=noise, background=0.0))
+      ...     return log_evidence(y, truth, known)[0]
+      >>> bool(jax.grad(evidence)(1.0) < 0)  # noise-free frames ask for less noise
+      True
+    """
+    seen = observe(frames, known.sensor)
+    return laplace(fit(seen, targets, known, num_iterations=num_iterations), seen, known)
+
+
+@lanes_last
+def laplace(best: Fit, observation: Observation, known: Known, *, limits: bool = True) -> jax.Array:
     """Laplace evidence of fits, in full: of one window, counts and models compare.
 
     Without a prior of the intensities, any up to the window's flux is as likely; without
@@ -40,7 +71,7 @@ def log_evidence(
     Args:
       best: fits of B windows.
       observation: the windows.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       limits: that targets are within the window and their intensities not negative.
 
     Returns:
@@ -93,8 +124,8 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
     width = jnp.sqrt(sigma[0] * sigma[1])
     targets = model.unpack(theta)
     intensity = jnp.maximum(targets.intensity, 0)
-    dark = dataclasses.replace(seen, neighbours=seen.neighbours.min((0, 1)))
-    noise = jnp.sqrt(pixels.variance(dark, model.known.gain, intensity)[0])
+    dark = dataclasses.replace(pixels.typical(seen), neighbours=seen.neighbours.min((0, 1)))
+    noise = jnp.sqrt(pixels.variance(dark, model.known.effective_gain, intensity)[0])
     bend = _QUARTIC * intensity / (width**3 * noise) * _blended(targets, width)
     place = (whole - apart) * share + spd.diagonal_matrix(apart + bend)
     zero = jnp.zeros_like(bend)

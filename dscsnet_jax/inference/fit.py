@@ -20,9 +20,10 @@ import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.derivatives import Quadratic
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
+from dscsnet_jax.inference.pixels import typical
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
 from dscsnet_jax.inference.theta import parts_of, present_of, theta_of
 from dscsnet_jax.physics.targets import Targets
@@ -42,7 +43,7 @@ class Fit:
     Attributes:
       theta: (B, 3K+1) parameters of the scene model.
       targets: fitted `Targets` (B, K, ...), in the slots of the start.
-      level: (B,) fitted counts of a pixel without targets.
+      level: (B,) fitted counts of a typical pixel without targets.
       covariance: (B, 3K, 3K) of row, col (pixels) and intensity (counts) of each
         target in turn: inverse of the information of window and prior; infinite on the
         diagonal where neither decides, zero for padded slots.
@@ -83,7 +84,7 @@ def fit(
     Args:
       observation: B windows, `Observation` of (B, N, M).
       start: `Targets` (B, K, ...) with positions within a pixel or so of the answer.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       num_iterations: of Levenberg-Marquardt.
       unroll: differentiate through the iterations instead of by the optimality
         condition: slow, kept to check the latter.
@@ -100,11 +101,13 @@ def fit(
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> y = render(from_lists([[(5.1, 5.2, 200.0)]]), frame_size=11, psf=0.5)
       >>> guess = from_lists([[(5.0, 5.0, 150.0)]])
-      >>> best = fit(observe(y, noise=1.0, background=0.0), guess, Known(psf=Gaussian(0.5)))
+      >>> seen = observe(y, Sensor(read_noise=1.0, background=0.0))
+      >>> best = fit(seen, guess, Known(psf=Gaussian(0.5)))
       >>> [round(float(x), 3) for x in best.targets.position[0, 0]], bool(best.converged[0])
       ([5.1, 5.2], True)
 
@@ -134,7 +137,7 @@ def fit(
         theta, at = jax.lax.custom_root(score, theta, solve, _solve_dense, has_aux=True)
     answer = _describe(*jax.lax.stop_gradient((theta, at, model)))
     theta = _only_if(answer.converged, theta)
-    level = observation.level + observation.background_std * theta[-1]
+    level = typical(observation).level + observation.background_std * theta[-1]
     answer = dataclasses.replace(answer, theta=theta, targets=model.unpack(theta), level=level)
     return cast(Fit, from_lanes(answer))
 

@@ -160,7 +160,8 @@ class Histogram:
             raise ValueError(f"edges must rise from at least 0, one more than shares, got {edges}")
         if not ((share >= 0).all() and 0 < share.sum() < np.inf):
             raise ValueError(f"shares must be relative probabilities, got {share}")
-        return Histogram(edges, share / share.sum())
+        total = float(share.sum())  # what is read back stays as it is
+        return self if abs(total - 1) < 1e-9 else Histogram(edges, share / total)
 
     def _bins(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """First edge and `dI/du` of the bins of `u`, and what of `u` is within."""

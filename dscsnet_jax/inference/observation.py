@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from dscsnet_jax.physics.sensor import Sensor
+
 # Frames without any noise get this share of their brightest pixel.
 _LEAST_NOISE = 1e-3
 _CLIP_BELOW, _CLIP_ABOVE, _CLIP_ROUNDS = 4.0, 2.5, 8
@@ -18,6 +20,8 @@ _ONE_SIGMA_BELOW = 0.1587
 _MEDIAN_ERROR = 1.2533  # standard error of a median, in those of a mean
 _CLIP_AGAIN = 4.0  # standard deviations
 _LEAST_OF_FIRST = 0.5  # a fit of few pixels may leave next to nothing
+PER_PIXEL = ("noise", "pedestal", "background")
+"""Fields of an `Observation` that are maps, or one number for all pixels."""
 ROUNDING = 12**-0.5
 """Standard deviation of rounding to whole counts."""
 
@@ -33,9 +37,11 @@ class Observation:
       saturated: (..., N, M) bool, pixels at the saturation level.
       neighbours: (..., N, M) expected counts of targets that are not the window's own.
       origin: (..., 2) row and col of the first pixel in the frame.
-      noise: (...,) standard deviation of read noise and quantisation, counts.
-      pedestal: (...,) electronic offset, counts; it has no noise of its own.
-      background: (...,) expected photon background, counts; its shot noise goes by the gain.
+      noise: (..., N, M) or (..., 1, 1) standard deviation of read noise and quantisation,
+        counts.
+      pedestal: the same of the electronic offset, counts; it has no noise of its own.
+      background: the same of the expected photon background, counts; its shot noise goes by
+        the gain.
       background_std: (...,) standard deviation of pedestal and background together,
         counts; 0: known.
     """
@@ -53,38 +59,26 @@ class Observation:
 
     @property
     def level(self) -> Any:
-        """(...,) expected counts of a pixel without targets."""
+        """Expected counts of a pixel without targets, (..., N, M) or (..., 1, 1)."""
         return self.pedestal + self.background
 
 
 def observe(
-    frames: ArrayLike,
-    *,
-    noise: ArrayLike | None = None,
-    pedestal: ArrayLike | None = None,
-    background: ArrayLike | None = None,
-    saturation: ArrayLike = float("inf"),
-    gain: ArrayLike | None = None,
-    valid: ArrayLike | None = None,
+    frames: ArrayLike, sensor: Sensor | None = None, *, valid: ArrayLike | None = None
 ) -> Observation:
-    """Put frames together with their sensor; what is not given is estimated from each frame.
+    """Put frames together with their sensor; what is not known is estimated from each frame.
 
     The level of the sky is the median of the pixels left after clipping those more than 2.5
     standard deviations above it; the noise is the distance from there to the 16th
     percentile, which targets do not touch. Frames of whole counts have at least the
-    noise of rounding, 1/sqrt(12). Where no background is told, it is the level above the
-    pedestal: all of it without one.
+    noise of rounding, 1/sqrt(12). Where no background is known, it is the level above the
+    pedestal: all of it without one. A pixel is valid if it is finite, not bad, and its read
+    noise a finite number.
 
     Args:
       frames: (B, N, M) recorded counts.
-      noise: standard deviation of read noise (and other noise but shot noise and
-        rounding), counts, a number or (B,); None: estimated.
-      pedestal: electronic offset, counts, a number or (B,); None: 0.
-      background: photon background, counts, a number or (B,); None: estimated, with its
-        error.
-      saturation: saturation level, counts; pixels there are censored.
-      gain: electrons per count of the shot noise; None: none.
-      valid: (B, N, M) bool; None: the finite pixels.
+      sensor: what is known; None: nothing. Its read noise is without shot noise and rounding.
+      valid: (B, N, M) bool; None: the pixels that are.
 
     Returns:
       A batched `Observation`.
@@ -93,44 +87,58 @@ def observe(
       >>> import jax
       >>> y = 10 + 2 * jax.random.normal(jax.random.key(0), (1, 64, 64))
       >>> seen = observe(y)
-      >>> round(float(seen.level[0])), round(float(seen.noise[0]))
+      >>> round(float(seen.level[0, 0, 0])), round(float(seen.noise[0, 0, 0]))
       (10, 2)
+      >>> observe(y, Sensor(read_noise=2.0, background=10.0)).background_std.tolist()
+      [0.0]
     """
+    sensor = Sensor() if sensor is None else sensor
     frames = jnp.asarray(frames)
     frames = frames if jnp.issubdtype(frames.dtype, jnp.floating) else frames.astype(float)
     dtype, length = frames.dtype, frames.shape[0]
-    valid = jnp.isfinite(frames) if valid is None else jnp.asarray(valid)
+    of_pixels = partial(_of_pixels, like=frames)
+    told = None if sensor.read_noise is None else of_pixels(sensor.read_noise)
+    if valid is None:
+        valid = jnp.isfinite(frames)
+        valid = valid if sensor.bad_pixels is None else valid & ~jnp.asarray(sensor.bad_pixels)
+        valid = valid if told is None else valid & jnp.isfinite(told)
+    valid = jnp.broadcast_to(valid, frames.shape)
     frames = jnp.where(valid, frames, 0)
-    per_frame = partial(_per_frame, length=length, dtype=dtype)
-    whole = (frames == jnp.round(frames)).all((-2, -1))
+    whole = (frames == jnp.round(frames)).all((-2, -1), keepdims=True)
+    whole = whole if sensor.quantised is None else jnp.full_like(whole, sensor.quantised)
     rounding = jnp.where(whole, ROUNDING, 0).astype(dtype)
-    saturated = valid & (frames >= per_frame(saturation)[:, None, None])
-    level, spread = jax.vmap(_clipped)(frames.reshape(length, -1), valid.reshape(length, -1))
-    num = jnp.maximum(valid.sum((-2, -1)), 1)
-    least = _LEAST_NOISE * jnp.abs(frames - level[:, None, None]).max((-2, -1))
-    offset = per_frame(0 if pedestal is None else pedestal)
-    photons = level - offset if background is None else per_frame(background)
-    shot = 0 * level if gain is None else jnp.maximum(photons, 0) / per_frame(gain)
-    if noise is None:
+    well = of_pixels(jnp.inf if sensor.saturation is None else sensor.saturation)
+    saturated = valid & (frames >= well)
+    pedestal = of_pixels(0 if sensor.pedestal is None else sensor.pedestal)
+    above = (frames - pedestal).reshape(length, -1)
+    level, spread = jax.vmap(_clipped)(above, valid.reshape(length, -1))
+    level, spread = level[:, None, None], spread[:, None, None]
+    most = jnp.where(valid, jnp.abs(frames - pedestal - level), 0).max((-2, -1), keepdims=True)
+    least = _LEAST_NOISE * most
+    photons = level if sensor.background is None else of_pixels(sensor.background)
+    gain = sensor.effective_gain
+    shot = 0 * level if gain is None else jnp.maximum(photons, 0) / of_pixels(gain)
+    if told is None:
         total = jnp.maximum(jnp.maximum(spread, rounding), least)
-        read = _root(jnp.maximum(total**2 - shot, rounding**2))
+        # One number for the frame: what is left of its spread beside the typical shot noise.
+        read = _root(jnp.maximum(total**2 - shot.mean((-2, -1), keepdims=True), rounding**2))
     else:
-        read = _root(per_frame(noise) ** 2 + rounding**2)
+        read = _root(jnp.where(jnp.isfinite(told), told, 0) ** 2 + rounding**2)
     # Without any noise of its own a pixel has that of the frame's last digits.
     read = jnp.where(read**2 + shot > 0, read, least)
     read = jnp.where(read**2 + shot > 0, read, 1)
-    error = 2 * _MEDIAN_ERROR * _root(read**2 + shot) / jnp.sqrt(num.astype(dtype))
-    edge = per_frame(saturation) - jnp.where(whole, 0.5, 0).astype(dtype)
+    error = _root(_mean(read**2 + shot, valid)) / jnp.sqrt(_number(valid).astype(dtype))
+    unknown = sensor.background is None
     return Observation(
-        counts=jnp.where(saturated, edge[:, None, None], frames),
+        counts=jnp.where(saturated, well - jnp.where(whole, 0.5, 0).astype(dtype), frames),
         valid=valid,
         saturated=saturated,
         neighbours=jnp.zeros_like(frames),
         origin=jnp.zeros((length, 2), dtype),
         noise=read,
-        pedestal=offset,
+        pedestal=pedestal,
         background=photons,
-        background_std=jnp.zeros_like(level) if background is not None else error,
+        background_std=2 * _MEDIAN_ERROR * error if unknown else jnp.zeros_like(error),
     )
 
 
@@ -146,7 +154,7 @@ def remeasured(
       seen: `Observation` of (B, N, M), whose noise was estimated.
       source: (B, N, M) expected counts of the targets.
       num_targets: (B,) how many there are.
-      gain: electrons per count of the shot noise; None: none.
+      gain: effective gain of the shot noise, `Sensor.effective_gain`; None: none.
 
     Returns:
       The `Observation` with another noise and, where the background was estimated, another
@@ -155,46 +163,61 @@ def remeasured(
     Example:
       >>> y = 10 + 2 * jax.random.normal(jax.random.key(0), (1, 64, 64))
       >>> again = remeasured(observe(y), jnp.zeros_like(y), jnp.zeros(1))
-      >>> round(float(again.background[0]), 1), round(float(again.noise[0]), 1)
+      >>> round(float(again.background[0, 0, 0]), 1), round(float(again.noise[0, 0, 0]), 1)
       (10.0, 2.0)
     """
-    length, dtype = seen.counts.shape[0], seen.counts.dtype
+    dtype = seen.counts.dtype
     used = seen.valid & ~seen.saturated
-    left = jnp.where(used, seen.counts - seen.neighbours - source, 0)
+    unknown = (seen.background_std > 0)[:, None, None]
+    sky = seen.pedestal + jnp.where(unknown, 0, seen.background)
+    left = jnp.where(used, seen.counts - seen.neighbours - source - sky, 0)
     first = observe(left, valid=used)
-    off = jnp.abs(left - first.background[:, None, None])
-    near = used & (off <= _CLIP_AGAIN * first.noise[:, None, None])
-    number = jnp.maximum(near.sum((1, 2)), 1).astype(dtype)
+    off = jnp.abs(left - first.background)
+    near = used & (off <= _CLIP_AGAIN * first.noise)
+    number = _number(near).astype(dtype)
     freedom = jnp.maximum(number - 1 - 3 * num_targets, number / 2)
-
-    def total(values: jax.Array) -> jax.Array:
-        return jnp.where(near, values, 0).sum((1, 2))
-
-    level = total(left) / number
-    square = total((left - level[:, None, None]) ** 2) / freedom
-    unknown = seen.background_std > 0
-    background = jnp.where(unknown, level - seen.pedestal, seen.background)
-    sky = shot = jnp.zeros_like(level)
+    level = jnp.where(near, left, 0).sum((1, 2)) / number
+    off = left - level[:, None, None]
+    square = jnp.where(near, off**2, 0).sum((1, 2)) / freedom
+    background = jnp.where(unknown, level[:, None, None], seen.background)
+    sky_noise = shot = jnp.zeros((len(level), 1, 1), dtype)
     if gain is not None:
-        electrons = _per_frame(gain, length=length, dtype=dtype)
-        light = background[:, None, None] + seen.neighbours + source
-        sky = jnp.maximum(background, 0) / electrons
-        shot = total(jnp.maximum(light, 0)) / number / electrons
-    whole = ((seen.counts == jnp.round(seen.counts)) | seen.saturated).all((1, 2))
+        electrons = _of_pixels(gain, like=left)
+        light = background + seen.neighbours + source
+        sky_noise = jnp.maximum(background, 0) / electrons
+        shot = _mean(jnp.maximum(light, 0), near)[:, None, None] / electrons
+    recorded = (seen.counts == jnp.round(seen.counts)) | seen.saturated
+    whole = recorded.all((1, 2), keepdims=True)
     least = jnp.maximum(_LEAST_OF_FIRST * seen.noise, jnp.where(whole, ROUNDING, 0).astype(dtype))
-    noise = jnp.maximum(_root(jnp.maximum(square - shot, 0)), least)
-    noise = jnp.where(noise**2 + sky > 0, noise, first.noise)
-    error = jnp.sqrt((noise**2 + sky) / number)
+    noise = jnp.maximum(_root(jnp.maximum(square[:, None, None] - shot, 0)), least)
+    noise = jnp.where(noise**2 + sky_noise > 0, noise, first.noise)
+    error = _root(_mean(noise**2 + sky_noise, near)) / jnp.sqrt(number)
     return dataclasses.replace(
         seen,
         noise=noise,
         background=background,
-        background_std=jnp.where(unknown, error, 0),
+        background_std=jnp.where(unknown[:, 0, 0], error, 0),
     )
 
 
-def _per_frame(value: ArrayLike, *, length: int, dtype: Any) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(value, dtype), (length,))
+def _of_pixels(value: ArrayLike, *, like: jax.Array) -> jax.Array:
+    """A number, one for each frame, a map or planes, as (B, 1, 1) or (B, N, M)."""
+    array = jnp.asarray(value, like.dtype)
+    if array.ndim < 2:
+        return jnp.broadcast_to(array.reshape(-1, 1, 1), (like.shape[0], 1, 1))
+    return jnp.broadcast_to(array, like.shape)
+
+
+def _number(used: jax.Array) -> jax.Array:
+    """(B,) pixels used, at least 1."""
+    return jnp.maximum(used.sum((1, 2)), 1)
+
+
+def _mean(values: jax.Array, used: jax.Array) -> jax.Array:
+    """(B,) mean of the pixels used; of one number, itself."""
+    if values.shape[1:] == (1, 1):
+        return values[:, 0, 0]
+    return jnp.where(used, values, 0).sum((1, 2)) / _number(used)
 
 
 def _root(value: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ the rest.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,17 +29,33 @@ class Pixels(NamedTuple):
 
 
 def pixel_std(seen: Observation, gain: Any) -> jax.Array:
-    """(...,) standard deviation of a pixel without targets, counts."""
+    """Standard deviation of pixels without targets, counts; (N, M, ...), or (1, 1, ...) of all."""
     if gain is None:
         return seen.noise
     return jnp.sqrt(seen.noise**2 + jnp.maximum(seen.background, 0) / gain)
+
+
+def typical(seen: Observation) -> Observation:
+    """Windows whose noise, pedestal and background are one number (...,) for all their pixels."""
+    number = jnp.maximum(seen.valid.sum((0, 1)), 1)
+
+    def mean(values: jax.Array) -> jax.Array:
+        if values.shape[:2] == (1, 1):
+            return values[0, 0]
+        return jnp.where(seen.valid, values, 0).sum((0, 1)) / number
+
+    square = mean(seen.noise**2)
+    noise = seen.noise[0, 0] if seen.noise.shape[:2] == (1, 1) else jnp.sqrt(square)
+    return dataclasses.replace(
+        seen, noise=noise, pedestal=mean(seen.pedestal), background=mean(seen.background)
+    )
 
 
 def all_counts(seen: Observation, gain: Any) -> jax.Array:
     """(...,) counts of windows (N, M, ...) above their level: the most a target can have."""
     above = seen.counts - seen.neighbours - seen.level
     total = jnp.where(seen.valid, jnp.maximum(above, 0), 0).sum((0, 1))
-    return jnp.maximum(total, pixel_std(seen, gain))
+    return jnp.maximum(total, pixel_std(typical(seen), gain))
 
 
 def variance(
@@ -48,7 +65,7 @@ def variance(
 
     Args:
       seen: the pixels.
-      gain: electrons per count; None: no shot noise.
+      gain: effective gain, `Sensor.effective_gain`; None: no shot noise.
       source: (N, M, ...) expected counts of the targets.
       t: (...,) error of the level, in its standard deviations.
     """
@@ -61,8 +78,10 @@ def variance(
 
 def log_scale(seen: Observation, gain: Any) -> jax.Array:
     """(...,) log likelihood that no target changes: `-log` of the noise, of every pixel."""
-    tells = (seen.valid & ~seen.saturated).sum((0, 1))
-    return -tells * jnp.log(pixel_std(seen, gain))
+    tells, std = seen.valid & ~seen.saturated, pixel_std(seen, gain)
+    if std.shape[:2] == (1, 1):
+        return -tells.sum((0, 1)) * jnp.log(std[0, 0])
+    return -jnp.where(tells, jnp.log(std), 0).sum((0, 1))
 
 
 def log_likelihood(

@@ -1,7 +1,4 @@
-"""Prior: what is known before a frame is seen: optics, gain, and the scene.
-
-Everything of a scene is optional; what is not given is not assumed.
-"""
+"""Prior: what is known of a scene before a frame is seen; what is not given is not assumed."""
 
 from __future__ import annotations
 
@@ -49,21 +46,6 @@ class ScenePrior:
     places: str = flax.struct.field(pytree_node=False, default="joint")
 
 
-@flax.struct.dataclass
-class Known:
-    """What is known before a frame is seen.
-
-    Attributes:
-      psf: of the optics, a `physics.psf.Psf`.
-      gain: electrons per count of the shot noise; None: no shot noise.
-      prior: of the scene.
-    """
-
-    psf: Any
-    gain: Any = None
-    prior: ScenePrior = ScenePrior()
-
-
 def scene_prior(
     *,
     intensity: tuple[float, float] | IntensityPrior | None = None,
@@ -101,6 +83,8 @@ def scene_prior(
         )
     if count is not None and not (min(count, default=-1) >= 0 and 0 < sum(count) < np.inf):
         raise ValueError(f"count must be relative probabilities, got {count}")
+    total = 1.0 if count is None else float(sum(count))
+    total = 1.0 if abs(total - 1) < 1e-9 else total  # what is read back stays as it is
     if places not in PLACES:
         raise ValueError(f"unknown places {places!r}; choose one of {', '.join(PLACES)}")
     return ScenePrior(
@@ -108,7 +92,7 @@ def scene_prior(
         separation=float(separation),
         cluster_size=None if cluster_size is None else float(cluster_size),
         cluster_offset=None if cluster_offset is None else float(cluster_offset),
-        count=None if count is None else tuple(float(p) / sum(count) for p in count),
+        count=None if count is None else tuple(float(p) / total for p in count),
         log_free_share=(0.0,)
         if cluster_size is None
         else log_free_share(separation / cluster_size),

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from dscsnet_jax.inference.changes import NEAR_CHANGES, NUM_CHANGES, changes
 from dscsnet_jax.inference.doubt import DOUBTED, NEAR, doubt
-from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.evidence import laplace
 from dscsnet_jax.inference.fit import NUM_ITERATIONS, Fit, fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.sampler import Posterior, sample
 from dscsnet_jax.physics.targets import Targets
 
@@ -63,7 +63,7 @@ def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array)
     Args:
       windows: `Observation` of (B, N, M), with what is told or estimated of each.
       start: `Targets` (B, K, ...); free slots are room for more targets.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       key: PRNG key; each window's stream also depends on its recorded pixels.
 
     Returns:
@@ -72,12 +72,13 @@ def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array)
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(3.0, 2.6, 240.0), (3.1, 3.4, 200.0)]])
       >>> y = render(truth, frame_size=7, psf=0.5)
       >>> guess = from_lists([[(3.0, 3.0, 400.0)]], max_targets=3)
-      >>> windows = observe(y, noise=1.0, background=0.0)
+      >>> windows = observe(y, Sensor(read_noise=1.0, background=0.0))
       >>> answer = jax.jit(estimate)(windows, guess, Known(psf=Gaussian(0.5)), jax.random.key(0))
       >>> sorted(round(float(col), 1) for col in answer.posterior.targets.position[0, :2, 1])
       [2.6, 3.4]
@@ -104,7 +105,7 @@ def select(
     Args:
       windows: `Observation` of (B, N, M).
       start: `Targets` (B, K, ...).
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       only_add: add one target at a time at the residual's peak as long as the evidence
         grows, from any start, and try nothing else: what one would write by hand.
       compare: with other counts; else the start's is kept. May be traced: one program does both.
@@ -195,7 +196,7 @@ def _search(
         row = index // number
         seen, begin = _rows(windows, row), _rows(flat(state.starts), index)
         new = fit(seen, begin, known, num_iterations=iterations[state.phase], differentiable=False)
-        reached = log_evidence(new, seen, known)
+        reached = laplace(new, seen, known)
         reached = jnp.where(jnp.isfinite(reached), reached, -jnp.inf)
         pool = flat((state.starts, state.reached, state.wanted))
         pool = _with_rows(pool, index, (new.targets, reached, jnp.zeros_like(index, bool)))

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.fit import scaled
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
 from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, Shape, kind_of, propose
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import HARD, SceneModel, scene_model
 from dscsnet_jax.inference.summary import (
     Posterior,
@@ -76,7 +76,7 @@ def sample(
     Args:
       windows: `Observation` of (B, N, M).
       start: `Targets` (B, K, ...), best those of a fit.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       key: PRNG key.
       num_chains: per window, at least 2.
       num_burn_in: rounds before, for the chains to forget their start.
@@ -93,11 +93,12 @@ def sample(
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> truth = from_lists([[(5.0, 5.0, 200.0)]])
       >>> y = render(truth, frame_size=11, psf=0.5)
-      >>> seen = observe(y, noise=2.0, background=0.0)
+      >>> seen = observe(y, Sensor(read_noise=2.0, background=0.0))
       >>> answer = jax.jit(sample)(seen, truth, Known(psf=Gaussian(0.5)), jax.random.key(0))
       >>> answer.targets.position[0, 0].round(1).tolist(), round(float(answer.std[0, 0, 0]), 2)
       ([5.0, 5.0], 0.02)
@@ -267,7 +268,7 @@ def turn(
       windows: `Observation` of (B, N, M).
       start: `Targets` (B, K, ...).
       chains: of the turn before, at first of `begin`.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       key: as of `begin`.
       number: of the turn; later ones are longer.
       num_burn_in: as of `sample`.

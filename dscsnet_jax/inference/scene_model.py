@@ -28,10 +28,10 @@ from jax.scipy.special import ndtr
 
 from dscsnet_jax.inference import pixels, spd
 from dscsnet_jax.inference.derivatives import PriorTerms, Quadratic, Shapes
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import materialised, sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.places import Square, log_sequential
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.theta import pairs_of, parts_of, spread, theta_of, with_jacobian
 from dscsnet_jax.physics.psf import Psf, Terms
 from dscsnet_jax.physics.targets import Targets
@@ -50,7 +50,7 @@ class SceneModel:
     Attributes:
       seen: the pixels.
       mask: (K, ...) targets present.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       terms: of the PSF.
       scale: (...,) counts of the window above its level: the most a target can have.
       censors: whether any pixel of the batch is saturated; not batched, so that the
@@ -111,7 +111,7 @@ class SceneModel:
 
     def log_likelihood(self, theta: jax.Array) -> jax.Array:
         """(...,) log likelihood of the pixels, without `-1/2 log 2 pi` each."""
-        given = self.seen, self.known.gain
+        given = self.seen, self.known.effective_gain
         total = pixels.log_likelihood(*given, self.censors, self.source(theta), theta[-1])
         return total + pixels.log_scale(*given)
 
@@ -188,12 +188,12 @@ class SceneModel:
 
     def variance(self, source: jax.Array, t: jax.Array | float = 0.0) -> tuple[jax.Array, Any]:
         """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`."""
-        return pixels.variance(self.seen, self.known.gain, source, t)
+        return pixels.variance(self.seen, self.known.effective_gain, source, t)
 
     @jax.jit  # programs ask for it in many places: it is traced once
     def quadratic(self, theta: jax.Array) -> Quadratic:
         """Cost, gradient and information at `theta`."""
-        given = self.seen, self.known.gain
+        given = self.seen, self.known.effective_gain
         seen = pixels.likelihoods(*given, self.censors, self.source(theta), theta[-1])
         shapes, prior = materialised(self.censors, self._derivatives, theta)
         gradient, information = shapes.products(seen.slope, seen.information)
@@ -270,7 +270,7 @@ class SceneModel:
         prior, mask = self.known.prior, self.mask
         off = v
         if prior.intensity is None:
-            off = jnp.maximum(-self.intensity(v), 0) / pixels.pixel_std(self.seen, self.known.gain)
+            off = jnp.maximum(-self.intensity(v), 0) / self._typical_std()
         elif self.uniform:
             off = jnp.maximum(jnp.maximum(-v, v - 1), 0) / self.softness
         border, square = [], []
@@ -332,6 +332,10 @@ class SceneModel:
         chance = jnp.where(number < share.shape[0], share[index], 0)
         return jnp.where(chance > 0, jnp.log(jnp.where(chance > 0, chance, 1)), -jnp.inf)
 
+    def _typical_std(self) -> jax.Array:
+        """(...,) standard deviation of a pixel without targets, counts."""
+        return pixels.pixel_std(pixels.typical(self.seen), self.known.effective_gain)
+
     def _area(self) -> jax.Array:
         """(...,) valid pixels, at least 1."""
         return jnp.maximum(self.seen.valid.sum((0, 1)), 1).astype(self.scale.dtype)
@@ -350,12 +354,12 @@ def scene_model(
     Args:
       seen: `Observation` of (N, M, ...) pixels and (...) numbers.
       mask: (K, ...) targets present.
-      known: PSF, gain and scene prior.
+      known: PSF, sensor's gain and scene prior.
       softness: of the prior's limits, pixels.
       uniform: see `SceneModel`.
     """
     known = jax.tree.map(lambda a: jnp.asarray(a, seen.counts.dtype), known)
-    scale, censors = pixels.all_counts(seen, known.gain), seen.saturated.any()
+    scale, censors = pixels.all_counts(seen, known.effective_gain), seen.saturated.any()
     return SceneModel(seen, mask, known, known.psf.terms(), scale, censors, softness, uniform)
 
 

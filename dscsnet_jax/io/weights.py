@@ -208,12 +208,22 @@ def packaged_weights(name: str = "csist_c3") -> Path:
     Raises:
       FileNotFoundError: if there are none of that name; the message lists the others.
     """
-    home = Path(str(resources.files("dscsnet_jax") / "pretrained"))
-    found = {path.stem: path for path in sorted(home.glob(f"*{_SUFFIX}"))}
+    found = packaged()
     if name not in found:
         available = ", ".join(found) or "none"
         raise FileNotFoundError(f"no packaged weights {name!r}; available: {available}")
     return found[name]
+
+
+def packaged() -> dict[str, Path]:
+    """Weights released with the package: their files by name.
+
+    Example:
+      >>> sorted(packaged())
+      ['csist_c3', 'varied_c3']
+    """
+    home = Path(str(resources.files("dscsnet_jax") / "pretrained"))
+    return {path.stem: path for path in sorted(home.glob(f"*{_SUFFIX}"))}
 
 
 def _package_version() -> str:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.batching import frames_per_block, in_blocks
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import variance
-from dscsnet_jax.inference.prior import Known, least_energy
+from dscsnet_jax.inference.prior import least_energy
 from dscsnet_jax.physics.targets import Targets
 
 LEAST_SNR = 5.0
@@ -45,17 +46,19 @@ def detect(
     Example:
       >>> from dscsnet_jax.inference.observation import observe
       >>> from dscsnet_jax.physics.optics import render
+      >>> from dscsnet_jax.physics.preset import Sensor
       >>> from dscsnet_jax.physics.psf import Gaussian
       >>> from dscsnet_jax.physics.targets import from_lists
       >>> y = render(from_lists([[(3.0, 7.0, 200.0)]]), frame_size=11, psf=0.5)
-      >>> found = detect(observe(y, noise=1.0), Known(psf=Gaussian(0.5)), max_targets=4)
+      >>> seen = observe(y, Sensor(read_noise=1.0))
+      >>> found = detect(seen, Known(psf=Gaussian(0.5)), max_targets=4)
       >>> found.count.tolist(), found.position[0, 0].tolist()
       ([1], [3.0, 7.0])
     """
 
     def one(seen: Observation) -> Targets:
         residual = jnp.where(seen.valid, seen.counts - seen.neighbours - seen.level, 0)
-        spread = variance(seen, known.gain, jnp.zeros_like(seen.counts))[0]
+        spread = variance(seen, known.effective_gain, jnp.zeros_like(seen.counts))[0]
         weight = jnp.where(seen.valid, 1 / spread, 0)
         energy, ratio = matched_filter(residual, weight, known.psf)
         highest = _largest_nearby(ratio)

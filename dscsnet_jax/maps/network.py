@@ -15,9 +15,9 @@ import numpy as np
 from scipy import ndimage
 
 from dscsnet_jax.batching import frames_per_block
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import pixel_std
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
 from dscsnet_jax.maps.tiling import TILE, tiled_map
@@ -76,14 +76,16 @@ def read_maps(
     """
     # Saturated pixels hold the least value that rounds to the full well; it was trained on that.
     recorded = np.where(observation.saturated, np.ceil(observation.counts), observation.counts)
-    above = recorded - observation.neighbours - observation.level[:, None, None]
+    above = recorded - observation.neighbours - observation.level
     y = _fill_invalid(above.astype(observation.counts.dtype), observation.valid)
     geometry = weights.metadata.geometry
     network = network_of(weights)
     nominal = np.asarray(geometry.sigma, np.float32)
     operator = _operator(y.shape[1:], division=geometry.division, psf=nominal)
     model = _Model(network, jax.device_put(weights.params), operator)
-    noise = np.asarray(pixel_std(observation, known.gain), np.float32)
+    noise = np.sqrt(
+        np.mean(pixel_std(observation, known.effective_gain) ** 2, (1, 2)), dtype=np.float32
+    )
     scale = np.asarray(network.scale(jnp.asarray(y), jnp.asarray(noise))) if len(y) else noise
     least, capacity = threshold, None
     if known.prior.intensity is not None:

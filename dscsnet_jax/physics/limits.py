@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from dscsnet_jax.physics import grid, optics
 from dscsnet_jax.physics.psf import Psf, as_psf
 from dscsnet_jax.physics.scene import Preset
-from dscsnet_jax.physics.sensor import Sensor, is_saturated, variance
+from dscsnet_jax.physics.sensor import Sensor, is_saturated, level, variance
 from dscsnet_jax.physics.targets import Targets
 
 # Relative singular values below this many rounding errors per parameter are zero.
@@ -131,7 +131,7 @@ def information_root(
     expected = optics.render(targets, frame_size=frame_size, psf=psf)
     noise, dtype = variance(sensor, expected), expected.dtype
     # Shot noise alone has no variance where nothing is expected, and nothing to tell.
-    counts = (noise > 0) & ~is_saturated(sensor, expected + jnp.asarray(sensor.offset, dtype))
+    counts = (noise > 0) & ~is_saturated(sensor, expected + level(sensor, expected))
     weight = jnp.where(counts, jax.lax.rsqrt(jnp.where(counts, noise, 1)), 0)
     jacobian = render_jacobian(targets, frame_size=frame_size, psf=psf)
     whitened = (jacobian * weight[..., None, :, :]).reshape(*jacobian.shape[:-2], -1)
@@ -309,11 +309,11 @@ def _inverse_root(root: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _require_noise(sensor: Sensor) -> None:
     """Refuse a sensor without any noise, unless its values are traced."""
-    noisy = sensor.quantised or sensor.electrons_per_count is not None
+    noisy = sensor.quantised or sensor.gain is not None
     if not (noisy or isinstance(sensor.read_noise, jax.core.Tracer) or sensor.read_noise):
         raise ValueError(
             "without noise the information is infinite: the sensor needs read_noise > 0, "
-            "electrons_per_count or quantised=True"
+            "a gain or quantised=True"
         )
 
 

@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import jax
+    from dscsnet_jax.inference.known import Known
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
+_DARK: dict[str, Any] = {"read_noise": 0.0, "pedestal": 0.0, "background": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sensor:
-    """What the detector does to the expected counts, in the order of the fields.
+    """What the detector does to the expected counts; None: not known, where nothing else is said.
+
+    A map has the shape (N, M) of the frames. A simulated frame has none of what is not known.
 
     Attributes:
-      electrons_per_count: gain of the Poisson (shot) noise; None: no shot noise.
-      offset: mean of the background added to every pixel, counts.
-      read_noise: standard deviation of additive Gaussian noise, counts.
-      saturation: largest value a pixel can hold (full well), counts; inf: none.
-      quantised: round to whole counts.
+      read_noise: standard deviation of additive Gaussian noise, counts; a number, one for
+        each frame (B,), a map, or an error plane for each frame (B, N, M), where a NaN or an
+        infinity marks a pixel that tells nothing.
+      pedestal: electronic offset, counts; it has no noise of its own; as `read_noise`.
+      background: photon background, counts, whose shot noise goes by the gain; as `read_noise`.
+      gain: electrons per count of the shot noise; None: no shot noise.
+      excess_noise: factor by which multiplication in the detector increases the variance of
+        the shot noise: 1 for none, 2 for an EMCCD of high gain.
+      saturation: largest value a pixel can hold (full well), counts; inf: none; None: that of
+        the frames' type.
+      quantised: counts are rounded to whole ones; None: where all of a frame's are whole.
+      bad_pixels: (N, M) bool, pixels to be left out.
     """
 
-    electrons_per_count: float | jax.Array | None = None
-    offset: float | jax.Array = 0.0
-    read_noise: float | jax.Array = 0.0
-    saturation: float | jax.Array = float("inf")
-    quantised: bool = dataclasses.field(default=False, metadata={"static": True})
+    read_noise: Any = None
+    pedestal: Any = None
+    background: Any = None
+    gain: Any = None
+    excess_noise: Any = 1.0
+    saturation: Any = None
+    quantised: bool | None = dataclasses.field(default=None, metadata={"static": True})
+    bad_pixels: Any = None
+
+    @property
+    def effective_gain(self) -> Any:
+        """Counts of light by their variance, 1 / counts; None: no shot noise."""
+        return None if self.gain is None else self.gain / self.excess_noise
 
 
-def digital(bits: int, **fields: object) -> Sensor:
+def digital(bits: int, **fields: Any) -> Sensor:
     """A sensor that stores whole counts of `bits` bits, saturating at `2^bits - 1`.
 
     Raises:
@@ -42,7 +60,7 @@ def digital(bits: int, **fields: object) -> Sensor:
     """
     if not 1 <= bits <= 32:
         raise ValueError(f"bits must lie in 1..32, got {bits}")
-    return Sensor(saturation=2.0**bits - 1, quantised=True, **fields)  # type: ignore[arg-type]
+    return Sensor(saturation=2.0**bits - 1, quantised=True, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +95,22 @@ class Variation:
     Attributes:
       sigma: PSF standard deviation, pixels.
       read_noise: standard deviation, counts; what is drawn below 0 is no noise.
-      offset: background, counts.
+      pedestal: counts.
       least_intensity: lower end of the frame's range of intensities, counts; the upper
         end is the cluster's.
       digital: share of frames recorded with 8 bit; the others are not rounded nor cut.
       empty: share of frames without any target.
-      offset_error: error of the offset that users know, in standard deviations of a pixel.
+      pedestal_error: error of the pedestal that users know, in standard deviations of a pixel.
       noise_error: relative error of the noise that users know.
     """
 
     sigma: tuple[float, float] = (0.45, 0.55)
     read_noise: tuple[float, float] = (-1.0, 10.0)
-    offset: tuple[float, float] = (0.0, 20.0)
+    pedestal: tuple[float, float] = (0.0, 20.0)
     least_intensity: tuple[float, float] = (50.0, 220.0)
     digital: float = 0.5
     empty: float = 0.05
-    offset_error: float = 0.13
+    pedestal_error: float = 0.13
     noise_error: float = 0.1
 
 
@@ -112,11 +130,18 @@ class Preset:
 
     name: str
     cluster: ClusterModel = ClusterModel()
-    sensor: Sensor = dataclasses.field(default_factory=lambda: digital(8))
+    sensor: Sensor = dataclasses.field(default_factory=lambda: digital(8, **_DARK))
     frame_size: int = 11
     division: int = 3
     sigma: float | tuple[float, float] = 0.5
     variation: Variation | None = None
+
+    @property
+    def known(self) -> Known:
+        """All there is to know of its frames; see `inference.known.preset_known`."""
+        from dscsnet_jax.inference.known import preset_known
+
+        return preset_known(self)
 
 
 def presets() -> dict[str, Preset]:
@@ -126,11 +151,12 @@ def presets() -> dict[str, Preset]:
       >>> sorted(presets())
       ['csist', 'csist_float', 'csist_noise', 'csist_varied', 'csist_wide']
     """
+    plain = Sensor(**_DARK, saturation=float("inf"))
     wide = ClusterModel(intensity=(50.0, 250.0))
     recipes = (
         Preset("csist"),
-        Preset("csist_float", sensor=Sensor()),
-        Preset("csist_noise", sensor=digital(8, offset=10.0, read_noise=5.0)),
+        Preset("csist_float", sensor=plain),
+        Preset("csist_noise", sensor=digital(8, **_DARK | {"read_noise": 5.0, "pedestal": 10.0})),
         Preset("csist_wide", cluster=wide),
         Preset("csist_varied", cluster=wide, variation=Variation()),
     )

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.preset import SPLITS, ClusterModel, Preset, Variation, presets
 from dscsnet_jax.physics.psf import Psf
-from dscsnet_jax.physics.sensor import Sensor, expose, variance
+from dscsnet_jax.physics.sensor import Sensor, expose, level, variance
 from dscsnet_jax.physics.targets import Targets
 
 _normal = partial(jax.random.normal, dtype=jnp.float32)
@@ -37,14 +37,14 @@ class Scene(NamedTuple):
     Attributes:
       targets: the truth, `Targets` of (B, K, ...).
       frames: (B, N, N) recorded counts.
-      offset: (B,) background as a user would know it, counts.
+      level: (B,) counts of a pixel without targets as a user would know them.
       noise: (B,) standard deviation of a pixel as a user would know it, read noise and
         quantisation, counts.
     """
 
     targets: Targets
     frames: jax.Array
-    offset: jax.Array
+    level: jax.Array
     noise: jax.Array
 
 
@@ -186,7 +186,7 @@ def simulate(preset: Preset, keys: jax.Array, psf: Psf | None = None) -> Scene:
         expected = optics.render(targets, frame_size=preset.frame_size, psf=seen_by)
         frame = expose(preset.sensor, sensor_key, expected)
         noise = jnp.sqrt(variance(preset.sensor, jnp.float32(0)))
-        return Scene(targets, frame, jnp.asarray(preset.sensor.offset, noise.dtype), noise)
+        return Scene(targets, frame, level(preset.sensor, noise), noise)
 
     return jax.vmap(one)(keys)
 
@@ -207,7 +207,8 @@ def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array)
         jnp.where(mask[:, None], targets.position, 0), jnp.where(mask, intensity, 0), mask
     )
     plain = Sensor(
-        offset=between(2, varied.offset), read_noise=jnp.maximum(between(3, varied.read_noise), 0)
+        pedestal=between(2, varied.pedestal),
+        read_noise=jnp.maximum(between(3, varied.read_noise), 0),
     )
     expected = optics.render(targets, frame_size=preset.frame_size, psf=between(4, varied.sigma))
     eight_bit = dataclasses.replace(plain, saturation=255.0, quantised=True)
@@ -221,7 +222,7 @@ def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array)
     return Scene(
         targets,
         frame,
-        plain.offset + varied.offset_error * noise * error[0],
+        plain.pedestal + varied.pedestal_error * noise * error[0],
         noise * jnp.exp(varied.noise_error * error[1]),
     )
 

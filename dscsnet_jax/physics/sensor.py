@@ -1,22 +1,98 @@
-"""Sensor: from expected to recorded counts: noise, offset, saturation, quantisation."""
+"""Sensor: from expected to recorded counts: noise, pedestal, saturation, quantisation."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dscsnet_jax.physics.preset import Sensor
+from dscsnet_jax.physics.psf import require
 
 _QUANTISATION_VARIANCE = 1 / 12
+PER_PIXEL = ("read_noise", "pedestal", "background")
+"""Fields of a `Sensor` that may be maps, or planes of each frame."""
 
 jax.tree_util.register_dataclass(Sensor)
 
 
-def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
-    """Record a frame: `clip(round(P(expected) + offset + read_noise * n), 0, saturation)`.
+def checked(sensor: Sensor, shape: tuple[int, int, int] | None = None) -> Sensor:
+    """The sensor, if it can be one, and one of these frames.
 
-    Rounding and the lower clip at 0 apply to quantised sensors only; the upper clip
-    wherever `saturation` is finite.
+    Args:
+      sensor: what is known; not traced.
+      shape: (B, N, M) of the frames; None: any.
+
+    Raises:
+      ValueError: for a number out of its range, or a map that is not of the frames' shape;
+        names the field.
+
+    Example:
+      >>> checked(Sensor(gain=0.0))
+      Traceback (most recent call last):
+      ValueError: gain must be finite electrons per count above 0, got 0.0
+    """
+    for name in PER_PIXEL:
+        value = getattr(sensor, name)
+        if value is None:
+            continue
+        array = _numbers(name, value)
+        _check_shape(name, array, shape)
+        if array.ndim < 2:  # a pixel of a map may be told to have no value
+            bound = " of at least 0" if name == "read_noise" else ""
+            right = np.isfinite(array) & ((array >= 0) if bound else True)
+            require(bool(right.all()), f"{name} must be finite counts{bound}, got {value!r}")
+        elif name == "read_noise":
+            require(not (array < 0).any(), f"{name} of a map must be counts of at least 0")
+        else:
+            require(bool(np.isfinite(array).all()), f"{name} of a map must be finite counts")
+    for name, unit, least, most in (
+        ("gain", "finite electrons per count above 0", np.nextafter(0, 1), np.inf),
+        ("excess_noise", "a finite factor of at least 1", 1, np.inf),
+        ("saturation", "counts above 0 (inf: none)", np.nextafter(0, 1), np.nan),
+    ):
+        value = getattr(sensor, name)
+        if value is not None:
+            array = _numbers(name, value)
+            require(array.ndim == 0, f"{name} must be one number, got {array.shape}")
+            require(
+                bool(least <= array and not array >= most), f"{name} must be {unit}, got {value!r}"
+            )
+    if sensor.bad_pixels is not None:
+        bad = np.asarray(sensor.bad_pixels)
+        require(
+            bad.dtype == bool and bad.ndim == 2,
+            f"bad_pixels must be (N, M) of true and false, got {bad.dtype} of {bad.shape}",
+        )
+        right_shape = shape is None or bad.shape == shape[1:]
+        require(right_shape, f"bad_pixels has the shape {bad.shape}, frames are {shape}")
+    return sensor
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    require(array.dtype.kind in "uif", f"{name} must be a number, got {value!r}")
+    return array
+
+
+def _check_shape(name: str, array: np.ndarray, shape: tuple[int, int, int] | None) -> None:
+    """Refuse an array that is neither a number nor of the frames."""
+    if shape is None:
+        require(array.ndim <= 3, f"{name} must have at most three axes, got {array.shape}")
+        return
+    right = (), shape[:1], shape[1:], shape
+    text = f"{name} of frames {shape} must have one of the shapes {right}, got {array.shape}"
+    require(array.shape in right, text)
+
+
+def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
+    """Record a frame: `clip(round(P(expected + background) + pedestal + read_noise * n))`.
+
+    Rounding and the clip below, at 0, apply to quantised sensors only; the clip above, at the
+    saturation, where there is one. Multiplied electrons follow a gamma distribution, as at the
+    end of an electron-multiplying register.
 
     Args:
       sensor: the `Sensor`.
@@ -33,21 +109,28 @@ def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
       >>> from dscsnet_jax.physics.preset import digital
       >>> expose(digital(8), jax.random.key(0), jnp.array([0.4, 1.6, 300.0])).tolist()
       [0.0, 2.0, 255.0]
+
+    References:
+      M. Hirsch et al., PLoS ONE 8 (2013) e53671, of the gamma distribution.
     """
     shot_key, read_key = jax.random.split(key)
     y = jnp.asarray(expected)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"expected counts must be floating point, got {y.dtype}")
-    if sensor.electrons_per_count is not None:
-        gain = jnp.asarray(sensor.electrons_per_count, y.dtype)
-        y = jax.random.poisson(shot_key, y * gain).astype(y.dtype) / gain
-    y = y + jnp.asarray(sensor.offset, y.dtype)
-    if not _is_zero(sensor.read_noise):
+    if not _is_none(sensor.background):
+        y = y + jnp.asarray(sensor.background, y.dtype)
+    if sensor.gain is not None:
+        gain = jnp.asarray(sensor.gain, y.dtype)
+        y = _multiplied(sensor, shot_key, jax.random.poisson(shot_key, y * gain).astype(y.dtype))
+        y = y / gain
+    if not _is_none(sensor.pedestal):
+        y = y + jnp.asarray(sensor.pedestal, y.dtype)
+    if not _is_none(sensor.read_noise):
         noise = jax.random.normal(read_key, y.shape, y.dtype)
         y = y + jnp.asarray(sensor.read_noise, y.dtype) * noise
     if sensor.quantised:
         y = jnp.maximum(jnp.round(y), 0)
-    return jnp.minimum(y, jnp.asarray(sensor.saturation, y.dtype))
+    return y if sensor.saturation is None else jnp.minimum(y, _of(sensor.saturation, y))
 
 
 def variance(sensor: Sensor, expected: jax.Array) -> jax.Array:
@@ -65,9 +148,10 @@ def variance(sensor: Sensor, expected: jax.Array) -> jax.Array:
       >>> round(float(variance(digital(8, read_noise=2.0), jnp.array(9.0))), 3)
       4.083
     """
-    total = jnp.asarray(sensor.read_noise, expected.dtype) ** 2 + jnp.zeros_like(expected)
-    if sensor.electrons_per_count is not None:
-        total = total + expected / jnp.asarray(sensor.electrons_per_count, expected.dtype)
+    total = _of(sensor.read_noise, expected) ** 2 + jnp.zeros_like(expected)
+    if sensor.effective_gain is not None:
+        light = expected + _of(sensor.background, expected)
+        total = total + light / _of(sensor.effective_gain, expected)
     return total + _QUANTISATION_VARIANCE if sensor.quantised else total
 
 
@@ -79,9 +163,31 @@ def is_saturated(sensor: Sensor, y: jax.Array) -> jax.Array:
       >>> is_saturated(digital(8), jnp.array([254.0, 255.0])).tolist()
       [False, True]
     """
-    return y >= jnp.asarray(sensor.saturation, y.dtype)
+    return y >= _of(np.inf if sensor.saturation is None else sensor.saturation, y)
 
 
-def _is_zero(value: float | jax.Array) -> bool:
-    """True only for a Python zero: skips drawing noise nobody asked for."""
-    return isinstance(value, int | float) and value == 0
+def level(sensor: Sensor, like: jax.Array) -> jax.Array:
+    """Expected counts of a pixel without targets, in the type of `like`."""
+    return _of(sensor.pedestal, like) + _of(sensor.background, like)
+
+
+def _multiplied(sensor: Sensor, key: jax.Array, electrons: jax.Array) -> jax.Array:
+    """Electrons after multiplication, in numbers of those before: variance `F - 1` for each."""
+    if _is_none(sensor.excess_noise, 1):
+        return electrons
+    spread = jnp.asarray(sensor.excess_noise, electrons.dtype) - 1
+    some = (electrons > 0) & (spread > 0)
+    scale = jnp.where(some, spread, 1)
+    shape = jnp.where(some, electrons, 1) / scale
+    drawn = jax.random.gamma(jax.random.fold_in(key, 1), shape, dtype=electrons.dtype) * scale
+    return jnp.where(some, drawn, electrons)
+
+
+def _of(value: Any, like: jax.Array) -> jax.Array:
+    """A field in the type of `like`; 0 where it is not known."""
+    return jnp.asarray(0 if value is None else value, like.dtype)
+
+
+def _is_none(value: Any, nothing: float = 0) -> bool:
+    """Only for a Python number: skips drawing noise nobody asked for."""
+    return value is None or (isinstance(value, int | float) and value == nothing)

@@ -31,7 +31,7 @@ def default_config(method: str = "dscsnet") -> ml_collections.ConfigDict:
       method: the network trained, a name of `unfolding.registry`.
       seed: of the parameters and of the data (`train` split).
       scene.preset, scene.frame_size, scene.division: the frames trained on.
-      scene.sigma, scene.read_noise, scene.offset, scene.intensity_low,
+      scene.sigma, scene.read_noise, scene.pedestal, scene.intensity_low,
         scene.intensity_high: optics, sensor and targets; None: those of the preset.
       network.*: hyper-parameters of the method (for DSCSNet, see `NetworkConfig`); the
         division and the size of the frames are the scene's.
@@ -183,7 +183,7 @@ def make_preset(config: ml_collections.ConfigDict, frame_size: int | None = None
     size = scene.frame_size if frame_size is None else frame_size
     own = get_preset(scene.preset)
     changes = {
-        name: scene[name] for name in ("sigma", "read_noise", "offset") if scene[name] is not None
+        name: scene[name] for name in ("sigma", "read_noise", "pedestal") if scene[name] is not None
     }
     ends = scene.intensity_low, scene.intensity_high
     if ends != (None, None):
@@ -254,7 +254,7 @@ _OF_THE_SCENE = ("division", "frame_size")
 _OPTIONAL = (
     "scene.sigma",
     "scene.read_noise",
-    "scene.offset",
+    "scene.pedestal",
     "scene.intensity_low",
     "scene.intensity_high",
 )
@@ -262,7 +262,7 @@ _MAY_BE_ZERO = frozenset(
     {
         "seed",
         "scene.read_noise",
-        "scene.offset",
+        "scene.pedestal",
         "network.attention_radius",
         "optimiser.warmup_steps",
         "optimiser.weight_decay",

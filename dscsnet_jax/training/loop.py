@@ -174,7 +174,7 @@ def _mapper(
     @jax.jit
     def make(params: Any, keys: jax.Array) -> tuple[jax.Array, Targets]:
         scene = simulate(preset, keys)
-        y = scene.frames - scene.offset[:, None, None]
+        y = scene.frames - scene.level[:, None, None]
         return network.apply(params, y, operator, noise=scene.noise).x, scene.targets
 
     return make
@@ -417,13 +417,21 @@ def _conditions(preset: Preset) -> dict[str, Any]:
     sensor, varied = preset.sensor, preset.variation
     ranges: dict[str, list[Any]]
     if varied is None:
-        fixed = {"sigma": preset.sigma, "read_noise": sensor.read_noise, "offset": sensor.offset}
+        fixed = {
+            "sigma": preset.sigma,
+            "read_noise": sensor.read_noise,
+            "pedestal": sensor.pedestal,
+        }
         ranges = {name: [value, value] for name, value in fixed.items()}
     else:
         low = varied.least_intensity[0]
         # What is drawn below 0 is no noise.
         noise = [max(end, 0.0) for end in varied.read_noise]
-        ranges = {"sigma": list(varied.sigma), "read_noise": noise, "offset": list(varied.offset)}
+        ranges = {
+            "sigma": list(varied.sigma),
+            "read_noise": noise,
+            "pedestal": list(varied.pedestal),
+        }
     return {"intensity": [low, high], **ranges, "background": "subtracted"}
 
 

@@ -117,7 +117,7 @@ def make_step(
     """
 
     def loss_of(params: Any, scene: Scene, truth: jax.Array) -> jax.Array:
-        y = scene.frames - scene.offset[:, None, None]
+        y = scene.frames - scene.level[:, None, None]
         scale = network.scale(y, scene.noise)
         answer = network.apply(
             params,

@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.unmix import pretrained, unmix
+from dscsnet_jax.estimation.unmix import Options, pretrained, unmix
 from dscsnet_jax.evaluation.report import Scores, evaluate, format_table
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.io.weights import Weights, load_weights
 from dscsnet_jax.maps.readout import threshold_cells
 from dscsnet_jax.physics import grid, limits, scene
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.targets import Targets
 
 SEED = 0
@@ -34,7 +36,8 @@ SEED = 0
 
 def network_rows(weights: Weights, frames: np.ndarray, truth: Targets) -> dict[str, Scores]:
     """Scores of the network's maps by both read-outs."""
-    peaks = unmix(frames, method="grid", weights=weights, background=0.0, return_maps=True)
+    known, options = Known(sensor=Sensor(background=0.0)), Options(weights, return_maps=True)
+    peaks = unmix(frames, known, method="grid", options=options)
     cells = threshold_cells(jnp.asarray(peaks.maps), division=weights.metadata.geometry.division)
     return {
         "map, cells": evaluate(cells.targets, truth),

@@ -21,7 +21,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.estimation.windows import Flat, light_of
 from dscsnet_jax.physics import scene
 
@@ -60,12 +60,12 @@ def measure(kind: str, number: int, estimate: str) -> dict[str, float]:
         ]
         parts = [jax.tree.map(np.asarray, made(preset, some)) for some in keys]
         y = np.concatenate([part.frames for part in parts])
-        there, told = sum(int(part.targets.mask.sum()) for part in parts), known_of(preset)
+        there, told = sum(int(part.targets.mask.sum()) for part in parts), preset.known
     else:
         y, truth = large_frame(number)
-        there, told = len(truth.frame), {}
+        there, told = len(truth.frame), None
     start = time.perf_counter()
-    found = int(np.asarray(unmix(y, estimate=estimate, **told).targets.count).sum())
+    found = int(np.asarray(unmix(y, told, estimate=estimate).targets.count).sum())
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"gigabytes": memory, "seconds": seconds, "found": found, "targets": there}

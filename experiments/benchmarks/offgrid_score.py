@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
 from dscsnet_jax.estimation.result import UnmixResult
-from dscsnet_jax.estimation.unmix import bayes_reference, known_of, unmix
+from dscsnet_jax.estimation.unmix import bayes_reference, unmix
 from dscsnet_jax.evaluation.matching import matched
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.physics.scene import get_preset
@@ -47,16 +47,16 @@ def main() -> None:
     print(f"{head[0]:<20}" + "".join(f"{name:>12}" for name in head[1:]))
     for method in args.methods:
         for estimate in ["map"] if method == "grid" else args.estimates:
-            known: dict[str, Any] = {"method": method, "estimate": estimate} | known_of(preset)
-            unmix(frames, **known)  # compiles for all shapes of windows that occur
+            run = partial(unmix, frames, preset.known, method=method, estimate=estimate)
+            run()  # compiles for all shapes of windows that occur
             start = time.perf_counter()
-            answer = unmix(frames, **known)
+            answer = run()
             show(f"{method} {estimate}", answer, truth, time.perf_counter() - start)
     if not args.no_reference:
         start = time.perf_counter()
         show(
             "Bayes reference",
-            bayes_reference(frames, truth, known_of(preset)),
+            bayes_reference(frames, truth, preset.known),
             truth,
             time.perf_counter() - start,
         )

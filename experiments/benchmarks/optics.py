@@ -9,6 +9,7 @@ PSF's width. Beside each row the posterior from the true scene (`bayes_reference
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import time
 from typing import Any
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from offgrid_score import coverage
 
-from dscsnet_jax.estimation.unmix import bayes_reference, known_of, unmix
+from dscsnet_jax.estimation.unmix import Options, bayes_reference, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.psf import Gaussian, Psf
@@ -84,19 +85,19 @@ def main() -> None:
         psf = PSFS[name]()
         width = float(np.mean(psf.width))
         preset, made = frames_of(psf, args.num)
-        known = known_of(preset) | {"psf": psf}
+        known = dataclasses.replace(preset.known, psf=psf)
         some = np.asarray(made.frames)[: args.num_fit]
-        guess = Gaussian(np.float32(1.03 * width))
-        fitted = unmix(some, **known | {"psf": guess, "estimate": "map", "fit_psf": True}).sigma[0]
+        guess = dataclasses.replace(known, psf=Gaussian(np.float32(1.03 * width)))
+        fitted = unmix(some, guess, estimate="map", options=Options(fit_psf=True)).sigma[0]
         rows = {
             "right": known,
-            "a Gaussian of its width": known | {"psf": Gaussian(np.float32(width))},
-            "a Gaussian, fitted": known | {"psf": Gaussian(fitted)},
+            "a Gaussian of its width": dataclasses.replace(known, psf=Gaussian(np.float32(width))),
+            "a Gaussian, fitted": dataclasses.replace(known, psf=Gaussian(fitted)),
         }
-        for told, arguments in rows.items():
-            unmix(made.frames, **arguments)  # compiles
+        for told, some_known in rows.items():
+            unmix(made.frames, some_known)  # compiles
             start = time.perf_counter()
-            answer = unmix(made.frames, **arguments)
+            answer = unmix(made.frames, some_known)
             speed = args.num / (time.perf_counter() - start)
             off = 100 * (float(np.mean(answer.sigma[0])) / width - 1)
             print(_row(name, width, told, answer, made.targets, off, f"{speed:.0f}"), flush=True)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dscsnet_jax.estimation.unmix import pretrained, unmix
+from dscsnet_jax.estimation.unmix import Options, pretrained, unmix
 from dscsnet_jax.io.weights import Weights
 from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.physics import scene
@@ -61,7 +61,7 @@ def main() -> None:
     weights = pretrained("csist_c3")
     device = jax.devices()[0].device_kind
     whole = median_seconds(
-        lambda: unmix(frames, method="grid", weights=weights, block=args.batch).residual,
+        lambda: unmix(frames, method="grid", options=Options(weights, block=args.batch)).residual,
         args.repeats,
     )
     print(

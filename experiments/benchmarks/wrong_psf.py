@@ -9,12 +9,13 @@ to `unmix`; then 100 of them with `fit_psf`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import jax
 import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
-from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.estimation.unmix import Options, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.physics.scene import get_preset
 
@@ -35,12 +36,12 @@ def main() -> None:
         preset = get_preset(args.preset, sigma=TOLD * factor)
         scene = simulated(preset, seed=0, split="test", num=args.num)
         frames, truth = np.asarray(scene.frames), scene.targets
-        known = known_of(preset) | {"psf": TOLD, "estimate": "map"}
-        answer = unmix(frames, **known)
+        known = dataclasses.replace(preset.known, psf=TOLD)
+        answer = unmix(frames, known, estimate="map")
         scores = evaluate(answer.targets, truth)
         some = frames[: args.num_fit]
         of_some = jax.tree.map(lambda a, n=args.num_fit: np.asarray(a)[:n], truth)
-        fitted = unmix(some, fit_psf=True, **known)
+        fitted = unmix(some, known, estimate="map", options=Options(fit_psf=True))
         after = evaluate(fitted.targets, of_some)
         print(
             f"{TOLD * factor:10.3f} | {100 * scores.cso.mean:5.2f} "

@@ -22,13 +22,14 @@ from jax.typing import ArrayLike
 from scipy.optimize import newton
 
 from dscsnet_jax.estimation.unmix import pretrained
-from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.evidence import laplace
 from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.maps.readout import peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 from dscsnet_jax.unfolding.solvers import solve_lasso
@@ -79,8 +80,8 @@ def evidence_loss(sigma: ArrayLike, y: jax.Array, start: Targets) -> jax.Array:
     It holds the determinant of the information: the likelihood alone would prefer narrow PSFs
     where targets are blended.
     """
-    seen, known = observe(y, noise=NOISE, background=0.0), Known(psf=Gaussian(sigma))
-    return -log_evidence(fit(seen, start, known), seen, known).mean()
+    seen, known = observe(y, Sensor(read_noise=NOISE, background=0.0)), Known(psf=Gaussian(sigma))
+    return -laplace(fit(seen, start, known), seen, known).mean()
 
 
 def calibrate(slope: Callable[[float], ArrayLike], guess: float) -> float:

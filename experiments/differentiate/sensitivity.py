@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.inference.fit import Fit, fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -31,7 +32,11 @@ def estimates(frame: jax.Array, start: Targets) -> tuple[jax.Array, Fit]:
 
     One frame (N, M) of known noise and background; nothing is known of the scene.
     """
-    best = fit(observe(frame[None], noise=NOISE, background=0.0), start, Known(psf=Gaussian(SIGMA)))
+    best = fit(
+        observe(frame[None], Sensor(read_noise=NOISE, background=0.0)),
+        start,
+        Known(psf=Gaussian(SIGMA)),
+    )
     found = best.targets
     return jnp.concatenate([found.position, found.intensity[..., None]], -1).reshape(-1), best
 

@@ -18,6 +18,7 @@ from dscsnet_jax import cli
 from dscsnet_jax.cli import VERBS, evaluate, main, progress, scoring, simulate, unmix
 from dscsnet_jax.estimation import unmix as library
 from dscsnet_jax.evaluation import report
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.io.csist import read_csist
 from dscsnet_jax.io.frames import FrameStack, read_frames
 from dscsnet_jax.maps.readout import threshold_cells
@@ -139,8 +140,8 @@ def test_evaluate_prints_and_writes_the_librarys_scores(
     written = json.loads(file.read_text())
     split = read_csist(csist)
     preset = scene.get_preset("csist")
-    known = library.known_of(preset)
-    answer = library.unmix(split.frames, method="grid", return_maps=True, **known)
+    maps = library.Options(return_maps=True)
+    answer = library.unmix(split.frames, preset.known, method="grid", options=maps)
     expected = report.evaluate(answer.targets, split.targets).as_dict()
     for name in ("mAP", "AP05", "AP10", "AP15", "AP20", "AP25", "count_accuracy", "recall"):
         assert written[name] == pytest.approx(expected[name], abs=1e-9)
@@ -214,7 +215,8 @@ def test_unmix_of_a_folder_gives_a_row_a_target(
     folder = data_dir / "csist_sample" / "cso_img"
     assert main(["unmix", str(folder), "--out", str(out), *GRID]) == 0
     frames = read_frames(folder)
-    answer = library.unmix(frames.frames, method="grid", saturation=frames.full_well)
+    known = Known(sensor=scene.Sensor(saturation=frames.full_well))
+    answer = library.unmix(frames.frames, known, method="grid")
     count = np.asarray(answer.targets.count)
     summary, stderr = capsys.readouterr()
     assert stderr == ""

@@ -5,6 +5,7 @@ keep them to one of each kind, which the tests share, with few of the compiler's
 """
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,8 @@ from dscsnet_jax.estimation import unmix as library
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.evaluation import report
 from dscsnet_jax.inference.intensity import Uniform
-from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
+from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.prior import preset_prior
 from dscsnet_jax.io.csist import read_csist
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.targets import Targets
@@ -62,9 +64,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the verbs ask of the library, which answers by the quick method."""
     calls: list[dict[str, Any]] = []
 
-    def answer(frames: np.ndarray, **arguments: Any) -> UnmixResult:
-        calls.append(arguments)
-        return library.unmix(frames, method="grid", return_maps=True)
+    def answer(frames: np.ndarray, known: Known, **how: Any) -> UnmixResult:
+        calls.append({"known": known, **how})
+        return library.unmix(frames, method="grid", options=library.Options(return_maps=True))
 
     for module in (evaluate, unmix):
         monkeypatch.setattr(module, "unmix", answer)
@@ -92,8 +94,8 @@ def test_limit_is_printed_and_written_beside_the_scores(
     written = json.loads(file.read_text())
     assert written["method"] == MEAN
     assert list(written["rows"]) == names[1:]
-    split, known = read_csist(csist), library.known_of(light_preset("csist"))
-    answer = library.unmix(split.frames, **known)
+    split, known = read_csist(csist), light_preset("csist").known
+    answer = library.unmix(split.frames, known)
     best = library.bayes_reference(split.frames, split.targets, known)
     pairs = [(written, answer), (written["rows"][scoring.REFERENCE], best)]
     for scores, found in pairs:
@@ -149,21 +151,21 @@ def test_evaluate_uses_the_record_unless_it_is_blind(
         ["--background=10", "--gain=2"],
     ):
         assert main([*argv, *more]) == 0
-    record, changed, blind, offset, light = asked
-    known = library.known_of(scene.get_preset("csist_noise", read_noise=3.0))
-    assert (known["noise"], known["pedestal"], known["background"]) == (3, 10, 0)
-    assert record.items() >= known.items()
-    assert changed.items() >= (known | {"noise": 4.0, "prior": changed["prior"]}).items()
-    assert changed["prior"] == ScenePrior(separation=0.2)
-    assert blind["psf"] == 0.5
-    assert blind.keys().isdisjoint({"noise", "pedestal", "background", "gain", "prior"})
-    assert blind["saturation"] == 255  # of the type of the images: nobody need tell
+    record, changed, blind, offset, light = (call["known"] for call in asked)
+    known = scene.get_preset("csist_noise", read_noise=3.0).known
+    sensor = known.sensor
+    assert (sensor.read_noise, sensor.pedestal, sensor.background) == (3, 10, 0)
+    assert record == known
+    assert changed.sensor == dataclasses.replace(sensor, read_noise=4.0)
+    told = ("intensity", "cluster_size", "cluster_offset", "count", "places")
+    assert [getattr(changed.prior, n) for n in told] == [getattr(known.prior, n) for n in told]
+    assert changed.prior.separation == 0.2
+    # Saturation is that of the type of the images: nobody need tell.
+    assert blind == Known(0.5, scene.Sensor(saturation=255.0))
     # Of the level all is told or nothing: what the record has of it goes with its own other part.
-    known = {name: value for name, value in known.items() if name not in ("pedestal", "background")}
-    assert offset.items() >= (known | {"pedestal": 7.0}).items()
-    assert "background" not in offset
-    assert light.items() >= (known | {"background": 10.0, "gain": 2.0}).items()
-    assert "pedestal" not in light
+    none = dataclasses.replace(sensor, pedestal=None, background=None)
+    assert offset.sensor == dataclasses.replace(none, pedestal=7.0)
+    assert light.sensor == dataclasses.replace(none, background=10.0, gain=2.0)
 
 
 # unmix
@@ -257,24 +259,22 @@ def test_options_reach_the_library(
     scenes = ["--intensity", "50", "250", "--separation=0.3", "--cluster-size=1"]
     how = ["--estimate=map", "--fit-psf", "--weights=csist_c3", "--max-targets=3"]
     assert main([*argv, *sensor, *scenes, *how]) == 0
-    plain, known, elsewhere, full = asked
-    unset = {"psf", "noise", "pedestal", "background", "gain", "prior"}
-    assert plain.keys().isdisjoint(unset)
-    assert plain["saturation"] == 255  # of 8-bit images
-    defaults = {"method": "dscsnet", "estimate": "mean", "fit_psf": False, "weights": None}
-    assert plain.items() >= defaults.items()
+    plain, known, elsewhere, full = (call["known"] for call in asked)
+    assert plain == Known(sensor=scene.Sensor(saturation=255.0))  # of 8-bit images
+    assert asked[0].items() >= {"method": "dscsnet", "estimate": "mean"}.items()
+    assert asked[0]["options"] == library.Options()
     preset = scene.get_preset("csist")
-    assert known["prior"] == preset_prior(preset)
-    assert (elsewhere["prior"].cluster_size, elsewhere["prior"].cluster_offset) == (1, None)
-    assert (elsewhere["prior"].count, elsewhere["prior"].places) == (
-        known["prior"].count,
-        known["prior"].places,
+    assert known.prior == preset_prior(preset)
+    assert (elsewhere.prior.cluster_size, elsewhere.prior.cluster_offset) == (1, None)
+    assert (elsewhere.prior.count, elsewhere.prior.places) == (
+        known.prior.count,
+        known.prior.places,
     )
-    sensor_values = {"psf": 0.48, "noise": 2, "pedestal": -5, "background": 3, "gain": 4}
-    assert full.items() >= (sensor_values | {"saturation": math.inf}).items()
-    assert full.items() >= {"estimate": "map", "fit_psf": True, "weights": "csist_c3"}.items()
-    assert full["max_targets"] == 3
-    prior = full["prior"]
+    assert full.psf == 0.48
+    assert full.sensor == scene.Sensor(2, -5, 3, 4, saturation=math.inf)
+    assert asked[3].items() >= {"estimate": "map", "max_targets": 3}.items()
+    assert asked[3]["options"] == library.Options(weights="csist_c3", fit_psf=True)
+    prior = full.prior
     assert (prior.intensity, prior.separation, prior.cluster_size) == (Uniform(50, 250), 0.3, 1)
 
 
@@ -288,7 +288,7 @@ def test_extent_is_the_old_name_of_the_cluster_size(
     assert main([*argv, "--extent", "2", "--extent=1.5"]) == 0
     said = "note: --extent is now --cluster-size\n"
     assert capsys.readouterr().err.count(said) == 2  # once a call
-    new, old, twice = (call["prior"] for call in asked)
+    new, old, twice = (call["known"].prior for call in asked)
     assert new.cluster_size == 1.5
     assert new == old == twice
     with pytest.raises(SystemExit):

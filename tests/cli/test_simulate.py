@@ -60,7 +60,7 @@ def test_varied_frames_are_written_unrounded_with_the_nominal_sigma(
     assert "varies optics and sensor from frame to frame" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--sigma=0.6", "--read-noise=1", "--offset=3"])
+@pytest.mark.parametrize("option", ["--sigma=0.6", "--read-noise=1", "--pedestal=3"])
 def test_row20_options_without_effect_on_varied_frames_are_refused(
     option: str, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -69,6 +69,22 @@ def test_row20_options_without_effect_on_varied_frames_are_refused(
     name = option[2:].partition("=")[0].replace("-", "_")
     assert f"{name} cannot be set" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_offset_is_the_old_name_of_the_pedestal(tmp_path: Path, capsys: Captured) -> None:
+    """On the command line and in the record of a set made before."""
+    for name in ("pedestal", "offset"):
+        argv = ["simulate", "--num", "2", f"--{name}=3", "--out", str(tmp_path / name)]
+        assert run_command(argv) == 0
+    assert capsys.readouterr().err == "note: --offset is now --pedestal\n"
+    for name in ("cso_img/image_0.png", simulate.RECORD):
+        new, old = ((tmp_path / folder / name).read_bytes() for folder in ("pedestal", "offset"))
+        assert new == old
+    record = tmp_path / "offset" / simulate.RECORD
+    preset = simulate.recorded_preset(tmp_path / "offset")
+    assert preset.sensor.pedestal == 3
+    record.write_text(record.read_text().replace('"pedestal"', '"offset"'))
+    assert simulate.recorded_preset(tmp_path / "offset") == preset
 
 
 def test_sets_without_variation_record_none(tmp_path: Path, capsys: Captured) -> None:

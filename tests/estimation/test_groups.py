@@ -9,8 +9,10 @@ from scipy.optimize import linear_sum_assignment
 
 from dscsnet_jax.estimation.groups import components, linked, members, parts, reach_of_groups
 from dscsnet_jax.estimation.unmix import unmix
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.targets import from_lists
 
 pytestmark = pytest.mark.slow
@@ -71,8 +73,8 @@ def test_groups_that_a_window_holds_stay_whole_and_others_are_cut_at_the_gap() -
 @pytest.mark.parametrize("table", [LINE, RING], ids=["line", "ring"])
 def test_row12_more_targets_that_touch_than_a_window_holds_are_all_found(table: np.ndarray) -> None:
     """Told how bright they are: fewer and brighter ones one pixel apart give the same frame."""
-    known: dict[str, Any] = {"noise": 1.0, "prior": scene_prior(intensity=(195.0, 205.0))}
-    answer = unmix(frames_of([table], 31), estimate="map", **known)
+    known = Known(sensor=Sensor(read_noise=1.0), prior=scene_prior(intensity=(195.0, 205.0)))
+    answer = unmix(frames_of([table], 31), known, estimate="map")
     there = np.asarray(answer.targets.mask)[0]
     assert there.sum() == len(table)
     assert answer.crowded[0, there].all()

@@ -9,8 +9,9 @@ import pytest
 from dscsnet_jax.estimation.psf_width import fit_width
 from dscsnet_jax.estimation.solve import sampled_windows, selected
 from dscsnet_jax.estimation.windows import flat
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, preset_prior
+from dscsnet_jax.inference.prior import preset_prior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.psf import Gaussian

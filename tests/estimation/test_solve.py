@@ -12,8 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from dscsnet_jax.estimation import solve as solving
 from dscsnet_jax.estimation.solve import Solved, selected, solve
 from dscsnet_jax.estimation.windows import Windows, flat
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior
+from dscsnet_jax.inference.prior import ScenePrior, preset_prior
 from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
@@ -44,7 +45,7 @@ def noisy() -> tuple[Targets, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def seen(noisy: tuple[Targets, np.ndarray]) -> Observation:
-    told = jit_observe(noisy[1], noise=NOISE, pedestal=LEVEL, background=0.0)
+    told = jit_observe(noisy[1], Sensor(read_noise=NOISE, pedestal=LEVEL, background=0.0))
     return jax.tree.map(np.asarray, told)
 
 
@@ -193,7 +194,7 @@ def test_noise_is_measured_where_no_target_is_left() -> None:
         scene.get_preset("csist_noise", read_noise=2.0),
         scene.frame_keys(2, "val", np.arange(FRAMES)),
     )
-    observation = jax.tree.map(np.asarray, jit_observe(made.frames, pedestal=4.0))
+    observation = jax.tree.map(np.asarray, jit_observe(made.frames, Sensor(pedestal=4.0)))
     answer = solve(
         observation,
         flat(made.targets),
@@ -204,13 +205,13 @@ def test_noise_is_measured_where_no_target_is_left() -> None:
         fixed_count=True,
     )
     again, true = answer.observation, (4 + 1 / 12) ** 0.5
-    off = again.noise / true - 1
+    off = again.noise[:, 0, 0] / true - 1
     # 121 pixels tell 6.7 %; what the fits of few of them leave, a little less.
     assert abs(off.mean()) < 4 * 0.067 / FRAMES**0.5 + 0.03
     assert np.sqrt((off**2).mean()) < 0.15
     assert not np.array_equal(again.noise, observation.noise)
-    np.testing.assert_array_equal(again.pedestal, np.full(FRAMES, 4.0))
-    pull = (again.level - LEVEL) / again.background_std
+    np.testing.assert_array_equal(again.pedestal[:, 0, 0], np.full(FRAMES, 4.0))
+    pull = (again.level[:, 0, 0] - LEVEL) / again.background_std
     assert np.abs(pull).max() < 4.5
     # A mean of the pixels, not a median with twice its error.
     assert (again.background_std < 0.6 * np.asarray(observation.background_std)).all()
@@ -223,7 +224,7 @@ def test_light_of_neighbouring_groups_is_told_and_not_taken_away(
     table = [(5.0, 3.0, 4000.0), (5.0, 6.4, 3000.0)]
     frame = np.asarray(jit_render(from_lists([table], 2)))
     frames = np.random.default_rng(0).poisson(np.repeat(frame, FRAMES, 0)).astype(np.float32)
-    observation = jit_observe(frames, noise=1.0, background=0.0, saturation=1e9)
+    observation = jit_observe(frames, Sensor(read_noise=1.0, background=0.0, saturation=1e9))
     given: list[Observation] = []
     run = solving._run
 
@@ -232,7 +233,7 @@ def test_light_of_neighbouring_groups_is_told_and_not_taken_away(
         return run(function, w, *shared)
 
     monkeypatch.setattr(solving, "_run", watched)
-    known = Known(psf=Gaussian(np.full(2, 0.5, np.float32)), gain=np.float32(1))
+    known = Known(psf=Gaussian(np.full(2, 0.5, np.float32)), sensor=Sensor(gain=np.float32(1)))
     start = flat(from_lists([table] * FRAMES, SLOTS))
     answer = solve(observation, start, known, max_targets=SLOTS, estimate="map", fixed_count=True)
     windows, *_ = given  # and again, where the fit has moved the light
@@ -269,7 +270,9 @@ def test_what_the_start_missed_is_found_in_any_number() -> None:
     truth = from_lists(tables, 5)
     clean = np.asarray(jit_render(truth))
     frames = (clean + np.random.default_rng(5).normal(size=clean.shape)).astype("f4")
-    observation = jax.tree.map(np.asarray, jit_observe(frames, noise=1.0, background=0.0))
+    observation = jax.tree.map(
+        np.asarray, jit_observe(frames, Sensor(read_noise=1.0, background=0.0))
+    )
     known = dataclasses.replace(KNOWN, prior=ScenePrior())
     nothing = flat(from_lists([[]] * 4, SLOTS))
     for greedy in (False, True):

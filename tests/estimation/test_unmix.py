@@ -11,9 +11,10 @@ import pytest
 
 from dscsnet_jax.estimation import solve as solving
 from dscsnet_jax.estimation.result import UnmixResult
-from dscsnet_jax.estimation.unmix import bayes_reference, known_of, pretrained, unmix
+from dscsnet_jax.estimation.unmix import Options, bayes_reference, pretrained, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.program import Selected
 from dscsnet_jax.io.weights import packaged_weights
 from dscsnet_jax.maps.network import network_of
@@ -21,19 +22,34 @@ from dscsnet_jax.maps.readout import peak_centroids
 from dscsnet_jax.maps.tiling import TILE
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render, sensing_operator
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf_gaussians import Moffat
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 pytestmark = pytest.mark.slow
 
 CSIST = scene.get_preset("csist")
-KNOWN = known_of(CSIST)
+KNOWN = CSIST.known
 BATCH = 8  # the network is compiled once: every set of frames is filled up to this many
 PAIR = [(5.0, 4.6, 200.0), (5.3, 5.6, 150.0)]
 
 jit_render_wide = jax.jit(partial(render, frame_size=11, psf=0.7))
-in_map = partial(unmix, estimate="map")
-on_grid = partial(unmix, method="grid")
+
+
+def run(frames: Any, base: Known = Known(), **given: Any) -> UnmixResult:  # noqa: B008
+    """`unmix` with what is known besides, and options, by name."""
+    sensor, options = (
+        {f.name: given.pop(f.name) for f in dataclasses.fields(kind) if f.name in given}
+        for kind in (Sensor, Options)
+    )
+    known = base.replace(
+        psf=given.pop("psf", base.psf), sensor=dataclasses.replace(base.sensor, **sensor)
+    )
+    return unmix(frames, known, options=Options(**options), **given)
+
+
+in_map = partial(run, estimate="map")
+on_grid = partial(run, method="grid")
 jit_render = jax.jit(partial(render, frame_size=11, psf=0.5))
 
 
@@ -53,7 +69,7 @@ def csist() -> tuple[Targets, np.ndarray]:
 @pytest.fixture(scope="module")
 def averaged(csist: tuple[Targets, np.ndarray]) -> UnmixResult:
     """Posterior means of the first eight frames, all told of their scenes."""
-    return unmix(csist[1][:BATCH], **KNOWN)
+    return run(csist[1][:BATCH], base=KNOWN)
 
 
 def assert_same(a: Any, b: Any, frames: Any = slice(None)) -> None:
@@ -85,7 +101,7 @@ def test_what_is_known_off_the_grid_is_better_than_the_map(
 ) -> None:
     truth, frames = csist
     some = jax.tree.map(lambda a: a[:64], truth)
-    fit = evaluate(in_map(frames[:64], **KNOWN).targets, some)
+    fit = evaluate(in_map(frames[:64], base=KNOWN).targets, some)
     grid = evaluate(on_grid(frames[:64], weights="csist_c3").targets, some)
     assert fit.count_accuracy > 0.95
     assert fit.cso.mean > grid.cso.mean + 0.05
@@ -104,7 +120,7 @@ def test_the_mean_of_unknown_counts_is_near_that_of_known_ones(
     )
     mask = np.asarray(averaged.targets.mask)
     assert (averaged.std[mask] > 0).all()
-    low, high = KNOWN["prior"].intensity.range
+    low, high = KNOWN.prior.intensity.range
     assert (np.asarray(averaged.targets.intensity)[mask] > low - 1).all()
     assert (np.asarray(averaged.targets.intensity)[mask] < high + 1).all()
     # Most pixels hold no light and no rounding error.
@@ -116,7 +132,7 @@ def test_the_mean_of_unknown_counts_is_near_that_of_known_ones(
 def test_targets_are_found_where_they_are_without_a_prior(method: str) -> None:
     """With nothing known but the PSF: a target alone, a pair, and two far apart."""
     tables = [[(5.0, 4.0, 235.0)], PAIR, [(2.5, 2.2, 150.0), (8.1, 7.7, 250.0)], []]
-    frames = frames_of(tables, noise=1.0)
+    frames = frames_of(tables, read_noise=1.0)
     answer = in_map(frames, method=method)
     assert answer.targets.count.tolist() == [len(t) for t in tables] + [0] * 4
     for i, table in enumerate(tables[:3]):
@@ -136,7 +152,7 @@ def test_bright_neighbours_ask_for_no_targets(method: str) -> None:
     """The light that windows see of each other is first that of rough starts."""
     table = [(10.0, 8.2, 3000.0), (10.3, 12.4, 1000.0), (14.5, 10.0, 2000.0)]
     frame = jax.jit(partial(render, frame_size=21, psf=0.55))(from_lists([table]))
-    answer = in_map(frame, method=method, psf=0.55, noise=1.0, background=0.0)
+    answer = in_map(frame, method=method, psf=0.55, read_noise=1.0, background=0.0)
     assert answer.targets.count.tolist() == [3]
     assert answer.chi_square[0] < 0.01  # there is no noise
     found = np.sort(answer.targets.intensity[0, :3])
@@ -160,17 +176,17 @@ def test_frames_do_not_depend_on_each_other(
 ) -> None:
     order = np.random.default_rng(0).permutation(BATCH)
     frames = csist[1][:BATCH]
-    turned = everything(unmix(frames[order], **KNOWN))
+    turned = everything(run(frames[order], base=KNOWN))
     whole = everything(averaged)
     for name in whole:
         expected = jax.tree.map(lambda a: np.asarray(a)[order], whole[name])
         assert_same(turned[name], expected)
     others = csist[1][100:240]  # more windows than a block holds
-    more = everything(unmix(np.concatenate([others, frames]), **KNOWN))
+    more = everything(run(np.concatenate([others, frames]), base=KNOWN))
     for name in whole:
         assert_same(jax.tree.map(lambda a: np.asarray(a)[len(others) :], more[name]), whole[name])
     some = slice(2, 7, 2)
-    part = everything(unmix(frames[some], **KNOWN))
+    part = everything(run(frames[some], base=KNOWN))
     for name in whole:
         assert_same(part[name], jax.tree.map(lambda a: np.asarray(a)[some], whole[name]))
 
@@ -186,7 +202,7 @@ def sky() -> np.ndarray:
 
 
 def test_light_of_the_sky_has_shot_noise(sky: np.ndarray) -> None:
-    answer = in_map(sky, noise=2.0, gain=1.0, background=1000.0)
+    answer = in_map(sky, read_noise=2.0, gain=1.0, background=1000.0)
     assert (np.asarray(answer.targets.count) == 0).sum() >= 98
     np.testing.assert_array_equal(answer.pedestal, np.zeros(100))
     np.testing.assert_array_equal(answer.background, np.full(100, 1000))
@@ -199,7 +215,7 @@ def test_light_of_the_sky_has_shot_noise(sky: np.ndarray) -> None:
 
 def test_a_pedestal_has_no_shot_noise(sky: np.ndarray) -> None:
     """The map alone: told as a pedestal the same light is full of targets."""
-    told = {"noise": 2.0, "gain": 1.0}
+    told = {"read_noise": 2.0, "gain": 1.0}
     light = on_grid(sky, **told, background=1000.0)
     assert (np.asarray(light.targets.count) == 0).sum() >= 98
     offset = on_grid(sky, **told, pedestal=1000.0, background=0.0)
@@ -235,8 +251,8 @@ def test_row1_invalid_pixels_are_refused_or_flagged(
     row, col = np.asarray(averaged.targets.position)[3, 0].round().astype(int)
     frames[3, row, col + 1] = np.nan  # beside a target
     with pytest.raises(ValueError, match="frame 3"):
-        unmix(frames, **KNOWN)
-    after = unmix(frames, **KNOWN, mask_invalid=True)
+        run(frames, base=KNOWN)
+    after = run(frames, base=KNOWN, mask_invalid=True)
     assert after.invalid.tolist() == [i == 3 for i in range(BATCH)]
     others = [i for i in range(BATCH) if i != 3]
     ours, theirs = everything(after), everything(averaged)
@@ -259,9 +275,9 @@ def test_rows2_and_3_constant_frames_have_no_targets(method: str) -> None:
 
 def test_row4_a_saturated_core_tells_a_lower_limit() -> None:
     tables = [[(5.2, 4.9, 1500.0)], [(5.2, 4.9, 240.0)]]
-    frames = np.minimum(np.round(frames_of(tables, noise=1.0)), 255)
+    frames = np.minimum(np.round(frames_of(tables, read_noise=1.0)), 255)
     assert (frames[0] == 255).sum() >= 2
-    answer = in_map(frames, saturation=255.0, noise=1.0, background=0.0)
+    answer = in_map(frames, saturation=255.0, read_noise=1.0, background=0.0)
     assert answer.targets.count.tolist()[:2] == [1, 1]
     assert answer.saturated[:2, 0].tolist() == [True, False]
     assert "saturated" in answer.status()[0, 0]
@@ -278,7 +294,7 @@ def test_row4_a_saturated_core_tells_a_lower_limit() -> None:
 @pytest.mark.parametrize("shape", [(2, 11, 11, 3), (11,), (1, 2, 3, 4, 5)])
 def test_row5_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="shape"):
-        unmix(np.zeros(shape, np.float32))
+        run(np.zeros(shape, np.float32))
 
 
 def test_rows6_7_9_shapes_and_types_give_one_answer(csist: tuple[Targets, np.ndarray]) -> None:
@@ -292,7 +308,7 @@ def test_rows6_7_9_shapes_and_types_give_one_answer(csist: tuple[Targets, np.nda
 
 
 def test_row6_one_frame_is_a_batch_of_one() -> None:
-    frames = frames_of([PAIR, [(3.0, 3.0, 200.0)]], noise=1.0)
+    frames = frames_of([PAIR, [(3.0, 3.0, 200.0)]], read_noise=1.0)
     whole, one = in_map(frames, method="greedy"), in_map(frames[0], method="greedy")
     assert one.targets.mask.shape == (1, 16)
     assert_same(one.targets, jax.tree.map(lambda a: a[:1], whole.targets))
@@ -301,11 +317,11 @@ def test_row6_one_frame_is_a_batch_of_one() -> None:
 @pytest.mark.parametrize("kind", [bool, complex, object])
 def test_row8_other_kinds_of_numbers_are_refused(kind: type) -> None:
     with pytest.raises(ValueError, match="dtype"):
-        unmix(np.zeros((11, 11), kind))
+        run(np.zeros((11, 11), kind))
 
 
 def test_row10_answers_scale_with_the_frame() -> None:
-    frames = frames_of([PAIR, [(5.0, 4.0, 235.0)], []], noise=2.0)
+    frames = frames_of([PAIR, [(5.0, 4.0, 235.0)], []], read_noise=2.0)
     expected = in_map(frames)
     assert expected.targets.count.tolist() == [2, 1] + [0] * 6
     for scale in (1e-6, 1e-3, 1e3, 1e6):
@@ -323,8 +339,10 @@ def test_row10_answers_scale_with_the_frame() -> None:
 
 
 def test_row11_near_edge() -> None:
-    frames = frames_of([[(0.2, 5.0, 235.0)], [(5.0, 5.0, 235.0)], [(10.4, 10.3, 235.0)]], noise=0.3)
-    answer = in_map(frames, noise=0.3, background=0.0)
+    frames = frames_of(
+        [[(0.2, 5.0, 235.0)], [(5.0, 5.0, 235.0)], [(10.4, 10.3, 235.0)]], read_noise=0.3
+    )
+    answer = in_map(frames, read_noise=0.3, background=0.0)
     assert answer.targets.count.tolist()[:3] == [1, 1, 1]
     assert answer.near_edge[:3, 0].tolist() == [True, False, True]
     assert answer.status()[:2, 0].tolist() == ["near_edge", "ok"]
@@ -333,9 +351,11 @@ def test_row11_near_edge() -> None:
 
 
 def test_row12_truncated_is_flagged() -> None:
-    frames = frames_of([[(3.0, 3.0, 150.0), (8.0, 8.0, 250.0)], [(5.0, 5.0, 200.0)]], noise=1.0)
+    frames = frames_of(
+        [[(3.0, 3.0, 150.0), (8.0, 8.0, 250.0)], [(5.0, 5.0, 200.0)]], read_noise=1.0
+    )
     for method in ("dscsnet", "greedy", "grid"):
-        answer = in_map(frames, method=method, max_targets=1, noise=1.0, background=0.0)
+        answer = in_map(frames, method=method, max_targets=1, read_noise=1.0, background=0.0)
         # The map alone has a second, faint peak beside the single target, too.
         assert answer.truncated.tolist()[:2] == [True, method == "grid"]
         assert answer.targets.count.tolist()[:2] == [1, 1]
@@ -345,8 +365,8 @@ def test_row12_truncated_is_flagged() -> None:
 
 
 def test_row13_coincident_targets_are_one() -> None:
-    coincident = frames_of([[(5.1, 5.2, 100.0), (5.1, 5.2, 150.0)]] * 4, noise=1.0)
-    answer = in_map(coincident, noise=1.0, background=0.0)
+    coincident = frames_of([[(5.1, 5.2, 100.0), (5.1, 5.2, 150.0)]] * 4, read_noise=1.0)
+    answer = in_map(coincident, read_noise=1.0, background=0.0)
     assert answer.targets.count.tolist() == [1] * 4 + [0] * 4
     np.testing.assert_allclose(answer.targets.intensity[:4, 0], 250, atol=10)
     np.testing.assert_allclose(answer.targets.position[:4, 0], [[5.1, 5.2]] * 4, atol=0.04)
@@ -354,7 +374,7 @@ def test_row13_coincident_targets_are_one() -> None:
 
 def test_row13_a_target_too_bright_for_one_is_unresolved() -> None:
     coincident = frames_of([[(5.1, 5.2, 230.0), (5.1, 5.2, 240.0)]] * 4)
-    told = {**KNOWN, "saturation": 1e6}
+    told = {"base": KNOWN, "saturation": 1e6}
     answer = in_map(np.round(coincident), **told)
     mask = np.asarray(answer.targets.mask)[:4]
     assert mask.any(1).all()
@@ -371,9 +391,9 @@ def test_row21_another_psf() -> None:
     wide = jit_render_wide(from_lists([[(5.0, 4.7, 240.0), (5.2, 6.6, 200.0)]]))
     frames = np.asarray(wide) + np.random.default_rng(0).normal(size=(1, 11, 11))
     with pytest.raises(ValueError, match=r"0\.5.*0\.7"):
-        unmix(frames, psf=0.7, weights="csist_c3", method="grid")
+        run(frames, psf=0.7, weights="csist_c3", method="grid")
     with pytest.warns(UserWarning, match=r"0\.45.*0\.55.*0\.7.*detection"):
-        answer = in_map(frames, psf=0.7, noise=1.0, background=0.0)
+        answer = in_map(frames, psf=0.7, read_noise=1.0, background=0.0)
     assert answer.start.tolist() == ["detection"]
     assert answer.targets.count.tolist() == [2]
     np.testing.assert_allclose(answer.targets.position[0, :2], [[5, 4.7], [5.2, 6.6]], atol=0.05)
@@ -396,7 +416,7 @@ def test_no_frames_give_no_targets() -> None:
 
 def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fit is stopped before its first step."""
-    frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], noise=1.0)
+    frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], read_noise=1.0)
 
     @partial(jax.jit, static_argnames="only_add")
     def stopped(given: tuple, known: Any, compare: Any, *, only_add: bool) -> Any:
@@ -405,7 +425,7 @@ def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyP
         return Selected(found, table)
 
     monkeypatch.setattr(solving, "_select", stopped)
-    answer = in_map(frames, noise=1.0, background=0.0)
+    answer = in_map(frames, read_noise=1.0, background=0.0)
     mask = np.asarray(answer.targets.mask)
     assert mask[:2].any(1).all()
     assert answer.not_converged[mask].all()
@@ -446,7 +466,7 @@ def test_row36_all_groups_of_a_large_frame_are_found() -> None:
     table = np.column_stack([place, rng.uniform(220, 250, len(place))])
     clean = np.asarray(render(from_lists([table]), frame_size=150, psf=0.5))
     frame = clean + 0.5 * rng.normal(size=clean.shape)
-    answer = in_map(frame, noise=0.5, background=0.0)
+    answer = in_map(frame, read_noise=0.5, background=0.0)
     found = to_lists(answer.targets)[0]
     assert len(found) == len(table) == 24
     apart = np.linalg.norm(found[:, None, :2] - table[None, :, :2], axis=-1)
@@ -467,18 +487,18 @@ def test_weights_by_path_and_unknown_choices(csist: tuple[Targets, np.ndarray]) 
     for wrong in ({"method": "magic"}, {"readout": "tea"}, {"estimate": "mode"}):
         (value,) = wrong.values()
         with pytest.raises(ValueError, match=value):
-            unmix(frames, **wrong)  # type: ignore[arg-type]
+            run(frames, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'cells' goes with the method 'grid'"):
-        unmix(frames, readout="cells")
+        run(frames, readout="cells")
     with pytest.raises(FileNotFoundError, match="varied_c3"):
-        unmix(frames, weights="magic")
+        run(frames, weights="magic")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("noise", -1.0),
-        ("noise", np.inf),
+        ("read_noise", -1.0),
+        ("read_noise", np.inf),
         ("background", np.nan),
         ("pedestal", np.inf),
         ("gain", -1.0),
@@ -489,13 +509,13 @@ def test_weights_by_path_and_unknown_choices(csist: tuple[Targets, np.ndarray]) 
 )
 def test_numbers_that_make_no_sense_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
-        unmix(np.zeros((11, 11)), **{name: value})  # type: ignore[arg-type]
+        run(np.zeros((11, 11)), **{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("psf", [-0.5, (0.5, 0.0), float("nan"), Moffat(1.2, 1.0)])
 def test_row21_what_is_no_psf_is_refused(psf: Any) -> None:
     with pytest.raises(ValueError, match="PSF must have positive parameters"):
-        unmix(np.zeros((11, 11)), psf=psf)
+        run(np.zeros((11, 11)), psf=psf)
 
 
 def test_row21_the_map_alone_is_refused_for_other_psfs() -> None:
@@ -505,4 +525,4 @@ def test_row21_the_map_alone_is_refused_for_other_psfs() -> None:
 
 def test_presets_without_conditions_in_common_have_nothing_to_tell() -> None:
     with pytest.raises(ValueError, match="csist_varied"):
-        known_of(scene.get_preset("csist_varied"))
+        _ = scene.get_preset("csist_varied").known

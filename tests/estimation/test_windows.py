@@ -20,7 +20,7 @@ from dscsnet_jax.estimation.windows import (
     padded,
 )
 from dscsnet_jax.estimation.windows import cut as cut_by_width
-from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.observation import PER_PIXEL, Observation
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
@@ -65,9 +65,9 @@ def scene(tables: list) -> tuple[Observation, Targets]:
         saturated=~valid,
         neighbours=np.zeros_like(counts),
         origin=np.zeros((len(counts), 2), np.float32),
-        noise=number,
-        pedestal=PEDESTAL * number,
-        background=BACKGROUND * number,
+        noise=number[:, None, None],
+        pedestal=PEDESTAL * number[:, None, None],
+        background=BACKGROUND * number[:, None, None],
         background_std=0 * number,
     )
     return seen, truth
@@ -165,13 +165,24 @@ def test_a_window_sees_the_pixels_of_its_frame_and_no_others(
 
 def test_numbers_of_a_frame_are_those_of_its_windows(scenes: tuple[Observation, Targets]) -> None:
     whole, truth = scenes
-    names = ("noise", "pedestal", "background", "background_std")
-    told = {
-        name: 10 * i + np.arange(len(whole.counts), dtype="f4") for i, name in enumerate(names, 1)
-    }
+    number = np.arange(len(whole.counts), dtype="f4")
+    told = {name: (10 * i + number)[:, None, None] for i, name in enumerate(PER_PIXEL)}
+    told["background_std"] = 50 + number
     for w in cut(dataclasses.replace(whole, **told), truth, fit_shapes(SIGMA)):
         for name, value in told.items():
             np.testing.assert_array_equal(getattr(w.observation, name), value[w.frame])
+
+
+def test_pixels_of_maps_are_those_of_the_windows(scenes: tuple[Observation, Targets]) -> None:
+    whole, truth = scenes
+    rng = np.random.default_rng(0)
+    maps = {name: rng.uniform(1, 2, whole.counts.shape).astype("f4") for name in PER_PIXEL}
+    for w in cut(dataclasses.replace(whole, **maps), truth, fit_shapes(SIGMA)):
+        inside = w.observation.valid
+        for name, values in maps.items():
+            got = getattr(w.observation, name)
+            np.testing.assert_array_equal(got[inside], pixels_of(values, w)[inside])
+            assert (got > 0).all()  # outside of the frame too: nothing divides by 0
 
 
 def test_light_of_other_groups_goes_to_the_neighbours(scenes: tuple[Observation, Targets]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from dscsnet_jax.estimation.unmix import known_of, unmix
+from dscsnet_jax.estimation.unmix import Options, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.io.weights import load_weights
 from dscsnet_jax.maps.readout import threshold_cells
@@ -64,10 +64,10 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """In place of the fit off the grid, which compiles for long: the truth, as told here."""
     calls: list[dict[str, Any]] = []
 
-    def told(frames: np.ndarray, **how: Any) -> Any:
+    def told(frames: np.ndarray, known: Any, **how: Any) -> Any:
         if how.get("method") == "grid":
-            return unmix(frames, **how)
-        calls.append(how)
+            return unmix(frames, known, **how)
+        calls.append({"known": known, **how})
         return bench.argparse.Namespace(targets=scored_frames()[1])
 
     monkeypatch.setattr(bench, "unmix", told)
@@ -95,13 +95,13 @@ def test_a_newcomers_file_is_a_row_of_the_table(
     cells = threshold_cells(x, division=3, max_targets=64).targets
     assert row["mAP"] == pytest.approx(100 * evaluate(cells, truth).cso.mean, abs=0.01)
     assert row["mAP"] > 0
-    known = known_of(scene.get_preset("csist"))
-    grid = unmix(frames, method="grid", weights=weights, **known)
+    known = scene.get_preset("csist").known
+    grid = unmix(frames, known, method="grid", options=Options(weights))
     assert row["count"] == 100 * evaluate(grid.targets, truth).count_accuracy
     assert (row["off mAP"], row["off count"]) == (100, 100)
     (call,) = fitted
-    assert call["weights"].metadata.method == newcomer
-    assert {k: v for k, v in call.items() if k != "weights"} == {**known, "estimate": "map"}
+    assert call.pop("options").weights.metadata.method == newcomer
+    assert call == {"known": known, "estimate": "map"}
     # Phi and its adjoint are two products each, with N x cN matrices.
     assert 0.02 < row["MFLOP/frame"] < 0.5
     assert row["frames/s forward"] > 0

@@ -34,9 +34,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         methods.append(config.method)
         return train(config, workdir)
 
-    def told(frames: np.ndarray, **how: Any) -> Any:
+    def told(frames: np.ndarray, known: Any, **how: Any) -> Any:
         if how.get("method") == "grid":
-            return unmix(frames, **how)
+            return unmix(frames, known, **how)
         return Namespace(targets=scored_frames()[1])
 
     monkeypatch.setattr(budget, "train", counted)

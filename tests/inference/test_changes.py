@@ -12,18 +12,20 @@ import pytest
 from dscsnet_jax.inference.changes import NEAR_CHANGES, NUM_CHANGES, changes, closest_pair
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.intensity import Uniform
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.matched_filter import matched_filter, places
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known, scene_prior
+from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.inference.scene_model import scene_model
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 SIDE, SLOTS, LEVEL, NOISE = 11, 4, 10.0, 2.0
 KNOWN = Known(psf=Gaussian(np.float32(0.5)))
 TOLD = dataclasses.replace(
-    KNOWN, gain=np.float32(0.5), prior=scene_prior(intensity=Uniform(20.0, 1000.0))
+    KNOWN, sensor=Sensor(gain=np.float32(0.5)), prior=scene_prior(intensity=Uniform(20.0, 1000.0))
 )
 
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -84,9 +86,9 @@ def windows(truth: list) -> Observation:
         saturated=np.zeros(counts.shape, bool),
         neighbours=np.zeros_like(counts),
         origin=np.zeros((len(truth), 2), np.float32),
-        noise=zero + np.float32(NOISE),
-        pedestal=zero + np.float32(LEVEL),
-        background=zero,
+        noise=zero[:, None, None] + np.float32(NOISE),
+        pedestal=zero[:, None, None] + np.float32(LEVEL),
+        background=zero[:, None, None],
         background_std=zero,
     )
 
@@ -102,7 +104,7 @@ def fit_of(targets: Targets, seen: Observation, known: Known, std: jax.Array) ->
     return Fit(
         theta=jax.vmap(pack)(targets, seen),
         targets=targets,
-        level=seen.level,
+        level=seen.level[:, 0, 0],
         covariance=jax.vmap(jnp.diag)((std**2).reshape(number, -1)),
         chi_square=jnp.zeros(number),
         num_pixels=jnp.zeros(number, int),
@@ -290,7 +292,7 @@ def test_added_intensities_keep_to_the_prior_and_shot_noise_hides_targets() -> N
     np.testing.assert_allclose([r[2] for r in rows[:2]], [20, 1000], rtol=1e-6)
     np.testing.assert_allclose([r[:2] for r in rows], [[4, 4], [4, 4], [8, 8]], atol=0.01)
     # Without shot noise it is the brighter one.
-    plain = dataclasses.replace(TOLD, gain=np.float32(1e12))
+    plain = dataclasses.replace(TOLD, sensor=Sensor(gain=np.float32(1e12)))
     row = table(jit_changes(best, seen, plain, only_add=True), 2, 0)[-1]
     np.testing.assert_allclose(row[:2], [3, 4], atol=0.4)
 

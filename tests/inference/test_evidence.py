@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from scipy.special import erf, gammaln, log_ndtr
 
-from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.evidence import laplace
 from dscsnet_jax.inference.fit import Fit, fit
 from dscsnet_jax.inference.intensity import Uniform
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, preset_prior, scene_prior
+from dscsnet_jax.inference.prior import preset_prior, scene_prior
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets, from_lists
@@ -188,7 +190,7 @@ def exact_of_two(y, mode, covariance, sensor, kind, top, rng, num=4096, freedom=
 @quick_jit
 def solve(seen: Observation, start: Targets, known: Known) -> tuple[Fit, jax.Array]:
     best = fit(seen, start, known)
-    return best, log_evidence(best, seen, known)
+    return best, laplace(best, seen, known)
 
 
 def answers(frames, scenes, sensor, prior, **changes):
@@ -200,16 +202,18 @@ def answers(frames, scenes, sensor, prior, **changes):
     gain = 1e12 if gain is None and prior.intensity is not None else gain
     seen = observe(
         np.concatenate([frames, frames]),
-        noise=noise,
-        pedestal=PEDESTAL,
-        background=background,
-        gain=gain,
-        saturation=saturation,
+        Sensor(
+            read_noise=noise,
+            pedestal=PEDESTAL,
+            background=background,
+            gain=gain,
+            saturation=saturation,
+        ),
     )
     seen = dataclasses.replace(
         seen, **{name: jnp.full(2 * len(frames), value, float) for name, value in changes.items()}
     )
-    known = Known(psf=Gaussian(SIGMA), gain=gain, prior=prior)
+    known = Known(psf=Gaussian(SIGMA), sensor=Sensor(gain=gain), prior=prior)
     known = jax.tree.map(lambda a: jnp.asarray(a, float), known)
     start = from_lists([*scenes, *([[]] * len(frames))], 2)
     best, evidence = solve(seen, start, known)
@@ -362,10 +366,12 @@ def slopes_of(numbers: dict, frames: jax.Array, start: Targets) -> tuple:
     n = numbers
     seen = observe(
         frames,
-        noise=n["noise"],
-        pedestal=n["pedestal"],
-        background=n["background"],
-        gain=n["gain"],
+        Sensor(
+            read_noise=n["noise"],
+            pedestal=n["pedestal"],
+            background=n["background"],
+            gain=n["gain"],
+        ),
     )
     prior = PRIORS["square"].replace(
         intensity=Uniform(n["low"], n["high"]),
@@ -374,8 +380,8 @@ def slopes_of(numbers: dict, frames: jax.Array, start: Targets) -> tuple:
         count=tuple(n["count"]),
         places="sequential",
     )
-    known = Known(psf=Gaussian(n["sigma"]), gain=n["gain"], prior=prior)
-    evidence = log_evidence(fit(seen, start, known, num_iterations=60), seen, known)
+    known = Known(psf=Gaussian(n["sigma"]), sensor=Sensor(gain=n["gain"]), prior=prior)
+    evidence = laplace(fit(seen, start, known, num_iterations=60), seen, known)
     return evidence.sum(), evidence
 
 

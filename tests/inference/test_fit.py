@@ -13,18 +13,20 @@ from jax.typing import ArrayLike
 
 from dscsnet_jax.inference.fit import Fit, fit
 from dscsnet_jax.inference.intensity import LogNormal, Uniform
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.prior import Known, ScenePrior, scene_prior
+from dscsnet_jax.inference.prior import ScenePrior, scene_prior
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
 from dscsnet_jax.physics.limits import render_jacobian
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 FRAMES = 400
 OPTICS: dict[str, Any] = {"frame_size": 11, "psf": 0.5}
 PLAIN = Known(psf=Gaussian(np.float32(0.5)))
-MANY = Known(psf=Gaussian(np.float32(0.5)), gain=np.float32(1e12))
+MANY = Known(psf=Gaussian(np.float32(0.5)), sensor=Sensor(gain=np.float32(1e12)))
 """Of so many electrons that their noise is none."""
 
 # Compiling is what takes time: few shapes, and no optimisation.
@@ -59,9 +61,9 @@ def seen_as(
         saturated=np.broadcast_to(saturated, frames.shape),
         neighbours=np.zeros_like(frames),
         origin=np.zeros((len(frames), 2), np.float32),
-        noise=numbers + np.float32(noise),
-        pedestal=numbers,
-        background=numbers + np.asarray(level, np.float32),
+        noise=(numbers + np.float32(noise))[:, None, None],
+        pedestal=numbers[:, None, None],
+        background=(numbers + np.asarray(level, np.float32))[:, None, None],
         background_std=numbers + np.float32(level_std),
     )
 
@@ -230,7 +232,9 @@ def test_weights_of_shot_noise_beat_equal_weights(singles: Targets) -> None:
     mean = np.asarray(jit_render(singles), float)
     frames = np.float32(rng.poisson(mean) + rng.normal(size=mean.shape))
     seen = seen_as(frames, 1.0, level=0.0)
-    weighted = jit_fit(seen, start_of(singles), dataclasses.replace(PLAIN, gain=np.float32(1)))
+    weighted = jit_fit(
+        seen, start_of(singles), dataclasses.replace(PLAIN, sensor=Sensor(gain=np.float32(1)))
+    )
     equal = jit_fit(seen, start_of(singles), MANY)
     squares = [
         np.asarray((found.targets.position - singles.position) ** 2).mean()
@@ -446,7 +450,7 @@ def known_of(at: Point) -> Known:
         Uniform(at["low"], at["high"]) if "low" in at else LogNormal(at["log_mean"], at["log_std"])
     )
     prior = ScenePrior(law, separation=at.get("separation", 0.0), cluster_size=at.get("size"))
-    return Known(psf=Gaussian(at["sigma"]), gain=at.get("gain"), prior=prior)
+    return Known(psf=Gaussian(at["sigma"]), sensor=Sensor(gain=at.get("gain")), prior=prior)
 
 
 def observed(at: Point) -> Observation:
@@ -459,9 +463,9 @@ def observed(at: Point) -> Observation:
         saturated=saturated,
         neighbours=jnp.zeros_like(at["frame"]),
         origin=jnp.zeros((2, 2)),
-        noise=noise,
-        pedestal=pedestal,
-        background=background,
+        noise=noise[:, None, None],
+        pedestal=pedestal[:, None, None],
+        background=background[:, None, None],
         background_std=level_std,
     )
 
@@ -505,7 +509,7 @@ def newton(theta: jax.Array, at: Point) -> tuple[jax.Array, jax.Array, jax.Array
         hessian = jax.hessian(cost)(theta)
         empty = jnp.where(jnp.diagonal(hessian) == 0, 1, 0)
         inverse = jnp.linalg.inv(hessian + jnp.diag(empty))
-        level = seen.level + seen.background_std * theta[-1]
+        level = seen.level[0, 0] + seen.background_std * theta[-1]
         step = -jnp.einsum("pq,q->p", inverse, jax.grad(cost)(theta))
         return step, jnp.sqrt(jnp.diagonal(inverse)), model.unpack(theta), level
 

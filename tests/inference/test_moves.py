@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, Shape, propose
 from dscsnet_jax.inference.observation import observe
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.inference.scene_model import scene_model
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 
 SIZE, LANES = 7, 4096
@@ -27,7 +28,7 @@ def shape_of(rng):
 
 @lanes_last
 def moved(shape, theta, length, u):
-    seen = observe(np.zeros((1, 3, 3)), noise=1.0, background=0.0)
+    seen = observe(np.zeros((1, 3, 3)), Sensor(read_noise=1.0, background=0.0))
     seen = jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 0, -1)[..., None], seen)
     model = scene_model(seen, jnp.ones((2, 1, 1), bool), Known(psf=Gaussian(np.float64(0.5))))
     return propose(theta, shape, jnp.asarray(length)[None], model, theta, WALK, u)

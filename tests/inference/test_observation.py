@@ -1,32 +1,54 @@
 """Observation: estimates on simulated frames against the truth, and what is told passes through."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.inference.observation import ROUNDING, Observation, observe, remeasured
+from dscsnet_jax.inference.observation import (
+    PER_PIXEL,
+    ROUNDING,
+    Observation,
+    observe,
+    remeasured,
+)
 from dscsnet_jax.inference.pixels import pixel_std
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.scene import Scene, frame_keys, get_preset, simulate
 
 LEVEL, NOISE = 30.0, 4.0
 FRAMES = 1000
 ESTIMATED = ("pedestal", "background", "noise", "background_std", "counts")
-KNOWN = {"noise": NOISE, "background": LEVEL}
+KNOWN = {"read_noise": NOISE, "background": LEVEL}
 
 # One compilation for each set of arguments and shape, hence few frames, mostly as many.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-jit_observe, jit_remeasured = quick_jit(observe), quick_jit(remeasured)
 FEW = 20
+
+
+def numbers(seen: Observation, shape: tuple[int, ...] = (-1,)) -> Observation:
+    """Of each frame one number (B,), where all pixels share it."""
+    return seen.replace(**{name: getattr(seen, name).reshape(shape) for name in PER_PIXEL})
+
+
+@quick_jit
+def jit_observe(frames: Any, sensor: Sensor | None = None, valid: Any = None) -> Observation:
+    return numbers(observe(frames, sensor, valid=valid))
+
+
+@quick_jit
+def jit_remeasured(seen: Observation, *given: Any) -> Observation:
+    return numbers(remeasured(numbers(seen, (-1, 1, 1)), *given))
 
 
 @pytest.fixture(scope="module")
 def scenes() -> Scene:
     """Frames with one to five bright targets on a level with noise, not rounded."""
-    preset = get_preset("csist_float", offset=LEVEL, read_noise=NOISE)
+    preset = get_preset("csist_float", pedestal=LEVEL, read_noise=NOISE)
     keys = frame_keys(1, "val", np.arange(FRAMES))
     return jax.device_get(quick_jit(partial(simulate, preset))(keys))
 
@@ -110,7 +132,10 @@ def test_row10_estimates_scale_with_the_frame(
     few = frames[:FEW]
     scaled = (few * np.float32(scale)).astype(np.float32)
     told = {name: value * scale for name, value in KNOWN.items()} if known else {}
-    base, seen = jit_observe(few, **(KNOWN if known else {})), jit_observe(scaled, **told)
+    base, seen = (
+        jit_observe(few, Sensor(**KNOWN if known else {})),
+        jit_observe(scaled, Sensor(**told)),
+    )
     for name in ESTIMATED:
         expected = np.asarray(getattr(base, name), float) * scale
         np.testing.assert_allclose(getattr(seen, name), expected, rtol=2e-5, err_msg=name)
@@ -131,12 +156,12 @@ def test_estimates_of_one_frame_do_not_depend_on_the_others(frames: np.ndarray) 
 
 def test_light_of_the_sky_has_shot_noise_and_a_pedestal_has_none() -> None:
     frames = sky(FEW, 1.0, 1000.0, 0.0, 2.0)
-    told = {"noise": 2.0, "gain": 1.0}
-    light = jit_observe(frames, **told, pedestal=0.0, background=1000.0)
+    told = {"read_noise": 2.0, "gain": 1.0}
+    light = jit_observe(frames, Sensor(**told, pedestal=0.0, background=1000.0))
     np.testing.assert_array_equal(light.noise, np.float32(2))
     np.testing.assert_array_equal(light.level, np.float32(1000))
     np.testing.assert_allclose(pixel_std(light, 1.0), np.sqrt(4 + 1000), rtol=1e-6)
-    offset = jit_observe(frames, **told, pedestal=1000.0, background=0.0)
+    offset = jit_observe(frames, Sensor(**told, pedestal=1000.0, background=0.0))
     np.testing.assert_array_equal(offset.level, light.level)
     np.testing.assert_array_equal(pixel_std(offset, 1.0), np.float32(2))
     # Without a gain nobody counts electrons.
@@ -149,18 +174,18 @@ def test_an_estimated_level_is_light_above_the_pedestal(
 ) -> None:
     """With a gain and without one; no pedestal is none, as 0 is."""
     few, none = frames[:FEW], np.zeros(FEW)
-    plain = jit_observe(few, gain=gain)
+    plain = jit_observe(few, Sensor(gain=gain))
     np.testing.assert_array_equal(plain.pedestal, none)
     level = np.asarray(plain.background)
     assert (np.abs(level - LEVEL) < NOISE).all()
     np.testing.assert_array_equal(plain.level, level)
-    zero = jit_observe(few, gain=gain, pedestal=0.0)
+    zero = jit_observe(few, Sensor(gain=gain, pedestal=0.0))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(zero), strict=True):
         np.testing.assert_array_equal(a, b)
-    offset = jit_observe(few, gain=gain, pedestal=12.0)
+    offset = jit_observe(few, Sensor(gain=gain, pedestal=12.0))
     np.testing.assert_array_equal(offset.pedestal, np.full(FEW, 12.0))
     np.testing.assert_allclose(offset.background, level - 12, rtol=1e-6)
-    told = jit_observe(few, gain=gain, background=5.0)
+    told = jit_observe(few, Sensor(gain=gain, background=5.0))
     np.testing.assert_array_equal(told.pedestal, none)
     np.testing.assert_array_equal(told.background, np.full(FEW, 5.0))
 
@@ -169,18 +194,18 @@ def test_estimated_noise_leaves_the_measured_variance(frames: np.ndarray) -> Non
     """What shot noise explains is not read noise; the rest is, down to none."""
     some, gain = frames[:FEW], 10.0
     spread = np.asarray(jit_observe(some).noise)
-    seen = jit_observe(some, gain=gain)
+    seen = jit_observe(some, Sensor(gain=gain))
     shot = np.asarray(seen.background) / gain
     assert (shot < spread**2).all()
     np.testing.assert_allclose(pixel_std(seen, gain) ** 2, spread**2, rtol=1e-5)
     np.testing.assert_allclose(seen.noise**2 + shot, spread**2, rtol=1e-5)
     np.testing.assert_allclose(seen.background_std, 2 * 1.2533 * spread / 11, rtol=1e-5)
     # More shot noise than there is: all of it, and no read noise.
-    seen = jit_observe(some, gain=0.1)
+    seen = jit_observe(some, Sensor(gain=0.1))
     assert not np.asarray(seen.noise).any()
     np.testing.assert_allclose(pixel_std(seen, 0.1) ** 2, seen.background / 0.1, rtol=1e-6)
     # A level below its pedestal is no light.
-    seen = jit_observe(some, gain=0.1, pedestal=100.0)
+    seen = jit_observe(some, Sensor(gain=0.1, pedestal=100.0))
     assert (np.asarray(seen.background) < 0).all()
     np.testing.assert_allclose(pixel_std(seen, 0.1), spread, rtol=1e-5)
 
@@ -189,7 +214,7 @@ def test_read_noise_is_found_beneath_shot_noise() -> None:
     """Variances add up: their mean over the frames, by its standard error."""
     gain, photons, pedestal, noise = 4.0, 40.0, 20.0, 5.0
     frames = sky(FRAMES, gain, photons, pedestal, noise)
-    seen = jit_observe(frames, gain=gain, pedestal=pedestal)
+    seen = jit_observe(frames, Sensor(gain=gain, pedestal=pedestal))
     variance = np.asarray(seen.noise, float) ** 2
     error = variance.std() / FRAMES**0.5
     # A percentile of 121 pixels is biased by less than 2 % of all the noise, 4 % of its square.
@@ -240,12 +265,14 @@ def test_the_second_measurement_is_the_better_one(frames: np.ndarray, source: np
 def test_what_is_told_is_not_measured_once_more(frames: np.ndarray, source: np.ndarray) -> None:
     few, sources, none = frames[:FEW], source[:FEW], np.zeros(FEW, np.float32)
     plain = jit_remeasured(jit_observe(few), sources, none)
-    told = jit_remeasured(jit_observe(few, pedestal=7.0, background=LEVEL - 7), sources, none)
+    told = jit_remeasured(
+        jit_observe(few, Sensor(pedestal=7.0, background=LEVEL - 7)), sources, none
+    )
     np.testing.assert_array_equal(told.background, np.full(FEW, LEVEL - 7))
     np.testing.assert_array_equal(told.background_std, none)
     np.testing.assert_allclose(told.noise, plain.noise, rtol=1e-6)
     # Of a level that is estimated the pedestal is no part.
-    offset = jit_remeasured(jit_observe(few, pedestal=12.0), sources, none)
+    offset = jit_remeasured(jit_observe(few, Sensor(pedestal=12.0)), sources, none)
     np.testing.assert_array_equal(offset.pedestal, np.full(FEW, 12.0))
     np.testing.assert_allclose(offset.background, plain.background - 12, rtol=1e-5)
     np.testing.assert_allclose(offset.noise, plain.noise, rtol=1e-6)
@@ -258,7 +285,7 @@ def test_shot_noise_of_sky_and_targets_is_not_read_noise() -> None:
     light = np.full((FRAMES, 11, 11), 60.0, np.float32)
     frames = sky(FRAMES, gain, photons + 60.0, pedestal, noise)
     none = np.zeros(FRAMES, np.float32)
-    seen = jit_observe(frames, gain=gain, pedestal=pedestal)
+    seen = jit_observe(frames, Sensor(gain=gain, pedestal=pedestal))
     own = jit_remeasured(seen, light, none, gain)
     variance = np.asarray(own.noise, float) ** 2
     assert abs(variance.mean() - noise**2) < 4 * variance.std() / FRAMES**0.5 + 0.02 * noise**2
@@ -311,7 +338,7 @@ def test_pixels_that_tell_nothing_are_not_measured(frames: np.ndarray, source: n
 
 
 def test_known_values_pass_through(frames: np.ndarray) -> None:
-    seen = jit_observe(frames[:FEW], **KNOWN)
+    seen = jit_observe(frames[:FEW], Sensor(**KNOWN))
     np.testing.assert_array_equal(seen.noise, np.full(FEW, NOISE))
     np.testing.assert_array_equal(seen.background, np.full(FEW, LEVEL))
     np.testing.assert_array_equal(seen.background_std, np.zeros(FEW))
@@ -325,12 +352,14 @@ def test_known_values_pass_through(frames: np.ndarray) -> None:
 def test_known_values_may_differ_from_frame_to_frame(frames: np.ndarray) -> None:
     few = frames[:FEW]
     noise, pedestal, level, gain = np.float32(np.arange(1, 4 * FEW + 1).reshape(4, FEW))
-    seen = jit_observe(few, noise=noise, pedestal=pedestal, background=level, gain=gain)
+    seen = jit_observe(
+        few, Sensor(read_noise=noise, pedestal=pedestal, background=level, gain=gain)
+    )
     for got, given in ((seen.noise, noise), (seen.pedestal, pedestal), (seen.background, level)):
         np.testing.assert_array_equal(got, given)
     np.testing.assert_array_equal(seen.level, pedestal + level)
     well = np.linspace(100, 200, FEW, dtype="f4")
-    saturated = jit_observe(few, saturation=well).saturated
+    saturated = jit_observe(few, Sensor(saturation=well)).saturated
     np.testing.assert_array_equal(saturated, few >= well[:, None, None])
     assert np.asarray(saturated).any()
 
@@ -338,7 +367,8 @@ def test_known_values_may_differ_from_frame_to_frame(frames: np.ndarray) -> None
 def test_a_known_background_leaves_the_noise_to_be_estimated(frames: np.ndarray) -> None:
     few = frames[:FEW]
     both, level, noise = (
-        jit_observe(few, **given) for given in ({}, {"background": LEVEL}, {"noise": NOISE})
+        jit_observe(few, Sensor(**given))
+        for given in ({}, {"background": LEVEL}, {"read_noise": NOISE})
     )
     np.testing.assert_allclose(level.noise, both.noise, rtol=1e-6)
     np.testing.assert_allclose(noise.level, both.level, rtol=1e-6)
@@ -353,12 +383,12 @@ def test_whole_counts_have_at_least_the_noise_of_rounding(digital: np.ndarray) -
     # Most pixels are 0: without the floor the estimate would be no noise at all.
     assert np.mean(digital == 0) > 0.5
     assert np.all(np.asarray(estimated.noise) >= np.float32(ROUNDING))
-    told = jit_observe(digital, noise=0.0)
+    told = jit_observe(digital, Sensor(read_noise=0.0))
     np.testing.assert_allclose(told.noise, ROUNDING, rtol=1e-6)
-    told = jit_observe(digital, noise=2.0)
+    told = jit_observe(digital, Sensor(read_noise=2.0))
     np.testing.assert_allclose(told.noise, np.sqrt(4 + 1 / 12), rtol=1e-6)
     # Shot noise explains no rounding.
-    told = jit_observe(digital + 100, gain=0.01)
+    told = jit_observe(digital + 100, Sensor(gain=0.01))
     np.testing.assert_allclose(told.noise, ROUNDING, rtol=1e-6)
 
 
@@ -376,7 +406,7 @@ def test_row4_saturated_whole_counts_began_half_a_count_lower(digital: np.ndarra
     frames = np.minimum(digital, 254)
     frames[:, 1, 5:7] = 255
     frames[1, 0, 0] += 0.25
-    seen = jit_observe(frames, saturation=np.full(FEW, 255.0, np.float32))
+    seen = jit_observe(frames, Sensor(saturation=np.full(FEW, 255.0, np.float32)))
     flags = frames == 255
     assert flags.sum() == 2 * FEW
     np.testing.assert_array_equal(seen.saturated, flags)
@@ -389,8 +419,8 @@ def test_row4_saturated_whole_counts_began_half_a_count_lower(digital: np.ndarra
 @pytest.mark.parametrize("level", [0.0, 40.0, 40.5, 1e-6, 1e6])
 def test_rows2_and_3_constant_frames_are_finite(level: float) -> None:
     frames = np.full((FEW, 11, 11), level, np.float32)
-    for given in ({}, {"noise": 0.0}, {"background": 0.0}):
-        assert_finite(jit_observe(frames, **given))
+    for given in ({}, {"read_noise": 0.0}, {"background": 0.0}):
+        assert_finite(jit_observe(frames, Sensor(**given)))
     np.testing.assert_array_equal(jit_observe(frames).level, frames[:, 0, 0])
 
 
@@ -422,10 +452,10 @@ def test_row1_a_frame_without_any_valid_pixel_is_finite() -> None:
 def test_no_value_or_derivative_passes_through_nan(frames: np.ndarray, x64: bool) -> None:
     """Of usual, rounded, constant and saturated frames, in both precisions."""
     few = np.stack([frames[0], np.round(frames[1]), np.full((11, 11), 7.5), np.zeros((11, 11))])
-    told = {"gain": 2.0, "saturation": 99.0, **({"noise": 0.0} if x64 else {})}
+    told = {"gain": 2.0, "saturation": 99.0, **({"read_noise": 0.0} if x64 else {})}
 
     def total(y: jax.Array) -> tuple[jax.Array, Observation]:
-        seen = observe(y, **told)
+        seen = observe(y, Sensor(**told))
         return seen.noise.sum() + seen.level.sum() + seen.background_std.sum(), seen
 
     with jax.enable_x64(x64), jax.debug_nans(True):

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
-from dscsnet_jax.inference.prior import Known, preset_prior
+from dscsnet_jax.inference.prior import preset_prior
 from dscsnet_jax.inference.program import estimate, select
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.physics.targets import Targets, from_lists
@@ -37,11 +39,11 @@ def test_background_light_is_not_taken_for_targets():
     rng = np.random.default_rng(0)
     sky = (rng.poisson(1000, (100, 11, 11)) + rng.normal(0, 2, (100, 11, 11))).astype("f")
     run = jax.jit(lambda seen, known: select(seen, empty(100, 2), known))
-    light = observe(sky, noise=2.0, background=1000.0, gain=1.0)
-    found = run(light, Known(psf=Gaussian(np.float32(0.5)), gain=np.float32(1.0)))
+    light = observe(sky, Sensor(read_noise=2.0, background=1000.0, gain=1.0))
+    found = run(light, Known(psf=Gaussian(np.float32(0.5)), sensor=Sensor(gain=np.float32(1.0))))
     assert (np.asarray(found.fit.targets.count) == 0).sum() >= 98
     # The same sky told as a pedestal has no noise of its own, and is full of targets.
-    pedestal = observe(sky, noise=2.0, pedestal=1000.0, background=0.0)
+    pedestal = observe(sky, Sensor(read_noise=2.0, pedestal=1000.0, background=0.0))
     told_wrong = run(pedestal, Known(psf=Gaussian(np.float32(0.5))))
     assert (np.asarray(told_wrong.fit.targets.count) > 0).mean() > 0.8
 
@@ -55,12 +57,12 @@ def clusters():
     truth = jax.tree.map(
         lambda a: jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2)), scene.targets
     )
-    return observe(scene.frames, noise=1.0, background=0.0), truth, known
+    return observe(scene.frames, Sensor(read_noise=1.0, background=0.0)), truth, known
 
 
 def test_one_slot_is_enough_for_one_target():
     truth = from_lists([[(3.0, 3.2, 200.0)]], 1)
-    seen = observe(render(truth, frame_size=7, psf=0.5), noise=1.0, background=0.0)
+    seen = observe(render(truth, frame_size=7, psf=0.5), Sensor(read_noise=1.0, background=0.0))
     found = jax.jit(select)(seen, truth, Known(psf=Gaussian(np.float32(0.5))))
     np.testing.assert_allclose(found.fit.targets.position, [[[3.0, 3.2]]], atol=1e-3)
 
@@ -103,9 +105,11 @@ _MESH = """
     import jax, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
     from dscsnet_jax.inference.observation import observe
-    from dscsnet_jax.inference.prior import Known, scene_prior
+    from dscsnet_jax.inference.known import Known
+    from dscsnet_jax.inference.prior import scene_prior
     from dscsnet_jax.inference.program import estimate
     from dscsnet_jax.physics.optics import render
+    from dscsnet_jax.physics.preset import Sensor
     from dscsnet_jax.physics.psf import Gaussian
     from dscsnet_jax.physics.targets import Targets
 
@@ -114,7 +118,7 @@ _MESH = """
     energy = rng.uniform(220, 250, (32, 2)).astype("f")
     truth = Targets(place.astype("f"), energy, np.ones((32, 2), bool))
     y = render(truth, frame_size=7, psf=0.5) + jax.random.normal(jax.random.key(0), (32, 7, 7))
-    seen = observe(y, noise=1.0, background=0.0)
+    seen = observe(y, Sensor(read_noise=1.0, background=0.0))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(220, 250)))
     key = jax.random.key(0)
     run = jax.jit(estimate)
@@ -166,7 +170,7 @@ def test_estimate_is_traced_once_for_any_values(clusters):
 def test_start_of_lists_is_taken():
     y = np.zeros((1, 7, 7), "f")
     found = jax.jit(select)(
-        observe(y, noise=1.0, background=0.0),
+        observe(y, Sensor(read_noise=1.0, background=0.0)),
         from_lists([[]], 2),
         Known(psf=Gaussian(np.float32(0.5))),
     )

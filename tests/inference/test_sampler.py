@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, scene_prior
+from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.summary import ENOUGH_SAMPLES, Posterior, is_numbered, numbered
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -50,7 +52,7 @@ def fixture(data_dir, name: str, most: int):
     prior = scene_prior(
         intensity=tuple(data["intensity"]), separation=0.5, cluster_size=1.0, cluster_offset=-0.4
     )
-    seen = observe(np.array(frames, "f"), noise=float(data["noise"]), background=0.0)
+    seen = observe(np.array(frames, "f"), Sensor(read_noise=float(data["noise"]), background=0.0))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=prior)
     return seen, single(from_lists(tables, most)), known, means, stds
 
@@ -88,7 +90,7 @@ def pairs():
     y = y + jax.random.normal(jax.random.key(1), y.shape)
     prior = scene_prior(intensity=(220, 250))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=prior)
-    return observe(y, noise=1.0, background=0.0), truth, known
+    return observe(y, Sensor(read_noise=1.0, background=0.0)), truth, known
 
 
 def test_errors_of_the_means_average_out(pairs):
@@ -154,7 +156,7 @@ def test_steps_keep_their_length_where_chains_begin_out_of_order():
     """Of many faint targets some chains begin numbered unlike the fit, with no density at all."""
     places = np.random.default_rng(0).uniform(2.5, 3.5, (32, 6, 2))
     faint = single(from_lists([[(row, col, 5.0) for row, col in rows] for rows in places]))
-    seen = observe(np.zeros((32, 7, 7), "f"), noise=5.0, background=0.0)
+    seen = observe(np.zeros((32, 7, 7), "f"), Sensor(read_noise=5.0, background=0.0))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(0, 10)))
     draw = jax.jit(lambda seen, start: sample(seen, start, known, jax.random.key(0), thinning=2))
     acceptance = np.asarray(draw(seen, faint).acceptance)
@@ -195,7 +197,7 @@ def test_spread_between_limits():
     truth = np.array([[3.0, 2.5, 0], [3.0, 3.5, 0]]) + np.zeros((24, 1, 1))
     truth[:, :, 2] = rng.uniform(low + 10, high - 10, (24, 2))
     y = images(truth) + rng.normal(0, noise, (24, SIDE, SIDE))
-    seen = observe(y.astype("f"), noise=noise, background=0.0)
+    seen = observe(y.astype("f"), Sensor(read_noise=noise, background=0.0))
     start = single(Targets(truth[..., :2], truth[..., 2], np.ones((24, 2), bool)))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=scene_prior(intensity=(low, high)))
     answer = posterior(seen, start, known, 0)

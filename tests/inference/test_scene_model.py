@@ -11,10 +11,12 @@ from scipy.special import log_ndtr
 from scipy.stats import norm, qmc
 
 from dscsnet_jax.inference.intensity import Histogram, LogNormal, Uniform
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known, preset_prior, scene_prior
+from dscsnet_jax.inference.prior import preset_prior, scene_prior
 from dscsnet_jax.inference.scene_model import HARD, scene_model
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets
@@ -67,11 +69,13 @@ def windows(gains: np.ndarray | None, saturations: np.ndarray, backgrounds: np.n
     valid[:, 0, 2] = False
     seen = observe(
         frames,
-        noise=1.5,
-        pedestal=PEDESTAL,
-        background=backgrounds,
-        saturation=saturations,
-        gain=gains,
+        Sensor(
+            read_noise=1.5,
+            pedestal=PEDESTAL,
+            background=backgrounds,
+            saturation=saturations,
+            gain=gains,
+        ),
         valid=valid,
     )
     return dataclasses.replace(seen, background_std=jnp.full(len(frames), 0.7))
@@ -95,21 +99,27 @@ def derivatives(seen: Observation, theta: jax.Array, known: Known):
     """Quadratic, autodiff gradient, and the function itself, of windows, each with its gain."""
 
     def one(seen: Observation, gain, theta: jax.Array):
-        model = scene_model(seen, jnp.asarray(BOTH), known.replace(gain=gain))
+        model = scene_model(seen, jnp.asarray(BOTH), known.replace(sensor=Sensor(gain=gain)))
 
         def minus(at: jax.Array) -> jax.Array:
             return -model.log_likelihood(at) - model.log_prior(at)
 
         return model.quadratic(theta), jax.grad(minus)(theta), minus(theta)
 
-    axes = (0, None if known.gain is None else 0, None)
-    return jax.vmap(one, axes)(seen, known.gain, theta)
+    axes = (0, None if known.sensor.gain is None else 0, None)
+    return jax.vmap(one, axes)(seen, known.sensor.gain, theta)
 
 
 @pytest.mark.parametrize(("kind", "gain"), [("none", False), *((kind, True) for kind in PRIORS)])
 def test_gradient_is_that_of_likelihood_and_prior(x64, kind, gain):
     seen, gains = sensors(gain)
-    known = f64(Known(psf=Gaussian((0.5, 0.6)), gain=gains if gain else None, prior=PRIORS[kind]))
+    known = f64(
+        Known(
+            psf=Gaussian((0.5, 0.6)),
+            sensor=Sensor(gain=gains if gain else None),
+            prior=PRIORS[kind],
+        )
+    )
     theta = theta_of(kind)
     quadratic, gradient, value = derivatives(seen, theta, known)
     np.testing.assert_allclose(quadratic.cost, value, rtol=1e-10)
@@ -130,7 +140,7 @@ def curvature(seen: Observation, theta: jax.Array, known: Known):
     """
 
     def one(seen: Observation, gain):
-        model = scene_model(seen, jnp.asarray(BOTH), known.replace(gain=gain))
+        model = scene_model(seen, jnp.asarray(BOTH), known.replace(sensor=Sensor(gain=gain)))
         source = model.source(theta)
         mu = seen.level + seen.background_std * theta[-1] + source
         sd = jnp.sqrt(model.variance(source, theta[-1])[0])
@@ -142,14 +152,20 @@ def curvature(seen: Observation, theta: jax.Array, known: Known):
         above, below, observed = jax.vmap(hessian)(jnp.stack([mu + sd, mu - sd, seen.counts]))
         return model.quadratic(theta).information, (above + below) / 2, observed
 
-    axes = (0, None if known.gain is None else 0)
-    return jax.vmap(one, axes)(seen, known.gain)
+    axes = (0, None if known.sensor.gain is None else 0)
+    return jax.vmap(one, axes)(seen, known.sensor.gain)
 
 
 @pytest.mark.parametrize("gain", [False, True], ids=["read noise", "shot noise"])
 def test_information_is_that_of_fisher(x64, gain):
     seen, gains = sensors(gain)
-    known = f64(Known(psf=Gaussian((0.5, 0.6)), gain=gains if gain else None, prior=PRIORS["none"]))
+    known = f64(
+        Known(
+            psf=Gaussian((0.5, 0.6)),
+            sensor=Sensor(gain=gains if gain else None),
+            prior=PRIORS["none"],
+        )
+    )
     information, expected, observed = curvature(seen, theta_of("none"), known)
     information = information.at[:, -1, -1].add(-1)  # the prior of the level
     full = ~np.asarray(seen.saturated).any((1, 2))
@@ -181,12 +197,12 @@ def test_censored_pixels_far_from_the_limit(dtype, gain):
             saturated=jnp.ones(counts.shape, bool),
             neighbours=jnp.zeros_like(counts),
             origin=jnp.zeros((len(ones), 2), dtype),
-            noise=noise * ones,
-            pedestal=PEDESTAL * ones,
-            background=level * ones,
+            noise=noise * ones[:, None, None],
+            pedestal=PEDESTAL * ones[:, None, None],
+            background=level * ones[:, None, None],
             background_std=std * ones,
         )
-        known = Known(psf=Gaussian(jnp.asarray(0.5, dtype)), gain=gain)
+        known = Known(psf=Gaussian(jnp.asarray(0.5, dtype)), sensor=Sensor(gain=gain))
 
         def one(seen: Observation):
             model = scene_model(seen, jnp.zeros(1, bool), known)
@@ -245,7 +261,9 @@ def density(name: str, intensity: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", LAWS)
 def test_both_ways_to_tell_an_intensity_are_one_model(x64, name):
     seen = jax.tree.map(lambda a: a[0], sensors(True)[0])
-    known = f64(Known(psf=Gaussian(0.5), gain=1.0, prior=scene_prior(intensity=LAWS[name])))
+    known = f64(
+        Known(psf=Gaussian(0.5), sensor=Sensor(gain=1.0), prior=scene_prior(intensity=LAWS[name]))
+    )
     energies = np.column_stack([np.linspace(25, 140, 24), np.linspace(110, 31, 24)])
 
     def density_of(targets: Targets, uniform: bool):
@@ -299,7 +317,7 @@ def test_places_have_a_density(x64, kind):
         second = first + extent * (2 * sample[:, 2:] - 1)
     places = np.stack([first, second], 1)
     volume = (2 * extent) ** 2 * SIDE**2
-    seen = observe(np.zeros((1, SIDE, SIDE)), noise=1.0, background=0.0)
+    seen = observe(np.zeros((1, SIDE, SIDE)), Sensor(read_noise=1.0, background=0.0))
     seen = jax.tree.map(lambda a: a[0], seen)
     known = f64(Known(psf=Gaussian(0.5), prior=prior))
 

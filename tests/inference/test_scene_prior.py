@@ -13,14 +13,15 @@ import pytest
 from scipy import stats
 
 from dscsnet_jax.inference.intensity import Histogram, IntensityPrior, LogNormal, Uniform
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import (
-    Known,
     ScenePrior,
     least_energy,
     log_free_share,
     preset_prior,
     scene_prior,
 )
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.scene import (
     ClusterModel,
@@ -199,7 +200,7 @@ def test_nothing_given_is_nothing_assumed() -> None:
     empty = Known(psf=Gaussian(0.5)).prior
     assert (empty.intensity, empty.separation, empty.cluster_size) == (None, 0.0, None)
     assert (empty.cluster_offset, empty.count, empty.log_free_share) == (None, None, (0.0,))
-    assert (empty.places, Known(psf=Gaussian(0.5)).gain) == ("joint", None)
+    assert (empty.places, Known().sensor) == ("joint", Sensor())
     assert least_energy(empty) == 0
 
 

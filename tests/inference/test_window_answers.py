@@ -10,10 +10,11 @@ import pytest
 from scipy.stats import truncnorm
 
 from dscsnet_jax.inference import evidence
-from dscsnet_jax.inference.evidence import log_evidence
+from dscsnet_jax.inference.evidence import laplace
 from dscsnet_jax.inference.fit import Fit, fit
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe, remeasured
-from dscsnet_jax.inference.prior import Known, ScenePrior, preset_prior, scene_prior
+from dscsnet_jax.inference.prior import ScenePrior, preset_prior, scene_prior
 from dscsnet_jax.inference.program import Selected, select
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.scene_model import scene_model
@@ -87,7 +88,7 @@ def posterior(seen: Observation, start: Targets, known: Known) -> Posterior:
 @pytest.fixture(scope="module")
 def seen() -> Observation:
     """Windows without noise, whose posterior is centred at the truth."""
-    told = jit_observe(jit_render(TRUTH), noise=NOISE, background=0.0)
+    told = jit_observe(jit_render(TRUTH), Sensor(read_noise=NOISE, background=0.0))
     return jax.tree.map(np.asarray, told)
 
 
@@ -223,7 +224,7 @@ def test_width_slope_is_that_of_the_evidence(seen: Observation) -> None:
 
     @quick_jit
     def of_width(seen: Observation, start: Targets, known: Known) -> jax.Array:
-        return log_evidence(fit(seen, start, known), seen, known)
+        return laplace(fit(seen, start, known), seen, known)
 
     narrow, wide = (
         np.asarray(of_width(seen, TRUTH, PLAIN.replace(psf=Gaussian(np.float32(f) * WIDTH))), float)
@@ -284,7 +285,9 @@ def test_the_truth_of_a_preset_meets_no_resistance() -> None:
     preset = scene.get_preset("csist")
     prior = preset_prior(preset)
     made = quick_jit(partial(scene.simulate, preset))(scene.frame_keys(0, "val", np.arange(200)))
-    window = jax.tree.map(lambda a: a[0], jit_observe(np.zeros((1, 11, 11), "f4"), noise=1.0))
+    window = jax.tree.map(
+        lambda a: a[0], jit_observe(np.zeros((1, 11, 11), "f4"), Sensor(read_noise=1.0))
+    )
 
     def cost(truth: Targets, known: Known) -> jax.Array:
         model = scene_model(window, truth.mask, known)
@@ -334,7 +337,7 @@ def csist() -> tuple[Targets, Observation]:
     truth = jax.tree.map(
         lambda a: np.pad(a, [(0, 0), (0, free)] + [(0, 0)] * (a.ndim - 2)), made.targets
     )
-    told = jit_observe(made.frames, noise=0.0, background=0.0, saturation=255.0)
+    told = jit_observe(made.frames, Sensor(read_noise=0.0, background=0.0, saturation=255.0))
     return truth, jax.tree.map(np.asarray, told)
 
 
@@ -377,7 +380,7 @@ def test_evidence_does_not_depend_on_the_order_of_the_slots(
     @quick_jit
     def solved(seen: Observation, start: Targets) -> tuple[Fit, jax.Array]:
         best = fit(seen, start, TOLD)
-        return best, log_evidence(best, seen, TOLD)
+        return best, laplace(best, seen, TOLD)
 
     (one, first), (other, second) = solved(seen, truth), solved(seen, turned)
     both = np.asarray(one.converged & other.converged)
@@ -396,7 +399,7 @@ def test_only_add_grows_from_nothing_and_stops() -> None:
     truth = from_lists(tables, SLOTS)
     clean = np.asarray(jit_render(single(truth)))
     frames = (clean + np.random.default_rng(5).normal(size=clean.shape)).astype("f4")
-    seen = jit_observe(frames, noise=1.0, background=0.0)
+    seen = jit_observe(frames, Sensor(read_noise=1.0, background=0.0))
     nothing = single(from_lists([[], [], []], SLOTS))
     found = jit_select(seen, nothing, Known(psf=Gaussian(WIDTH), prior=ScenePrior()), only_add=True)
     targets = found.fit.targets
@@ -422,18 +425,21 @@ def test_remeasured_noise_is_what_shot_noise_leaves() -> None:
     electrons = rng.poisson(photons * gain)
     y = np.float32(7 + electrons / gain + rng.normal(0, 3, photons.shape))
     again = quick_jit(remeasured)(
-        jit_observe(y, pedestal=7.0, gain=gain), source, np.full(number, 2.0, np.float32), gain
+        jit_observe(y, Sensor(pedestal=7.0, gain=gain)),
+        source,
+        np.full(number, 2.0, np.float32),
+        gain,
     )
-    np.testing.assert_array_equal(again.pedestal, np.full(number, 7))
-    off = np.asarray(again.background, float) - 30
+    np.testing.assert_array_equal(again.pedestal[:, 0, 0], np.full(number, 7))
+    off = np.asarray(again.background, float)[:, 0, 0] - 30
     assert abs(off.mean()) < 4 * off.std() / number**0.5
     assert (np.abs(off / np.asarray(again.background_std)) < 2).mean() > 0.9
     # The targets were not fitted but told, so no freedom was used up: 6 of 80.
     variance = np.asarray(again.noise, float) ** 2
     assert abs(variance.mean() / 9 - 1) < 4 * variance.std() / number**0.5 / 9 + 6 / 75 * 24 / 9
-    told = jit_observe(y, pedestal=7.0, gain=gain, background=28.0)
+    told = jit_observe(y, Sensor(pedestal=7.0, gain=gain, background=28.0))
     kept = quick_jit(remeasured)(told, source, np.full(number, 2.0, np.float32), gain)
-    np.testing.assert_array_equal(kept.background, np.full(number, 28))
+    np.testing.assert_array_equal(kept.background[:, 0, 0], np.full(number, 28))
     np.testing.assert_array_equal(kept.background_std, np.zeros(number))
     # Two counts of light that were not told are noise.
     assert np.asarray(kept.noise).mean() > np.asarray(again.noise).mean()

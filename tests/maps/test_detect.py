@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.matched_filter import SUBPIXELS, matched_filter, places
 from dscsnet_jax.inference.observation import observe
-from dscsnet_jax.inference.prior import Known, scene_prior
+from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.maps.detect import LEAST_SNR, detect, peaks_of
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian, Psf
 from dscsnet_jax.physics.psf_gaussians import rotated_gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
@@ -24,7 +26,7 @@ FRAMES = 32  # one shape for all tests: everything is compiled once
 jit_render = jax.jit(partial(render, frame_size=SIZE, psf=SIGMA))
 jit_observe = jax.jit(observe)
 KNOWN = Known(psf=Gaussian(np.full(2, SIGMA, np.float32)))
-SHOT = KNOWN.replace(gain=np.float32(1))
+SHOT = KNOWN.replace(sensor=Sensor(gain=np.float32(1)))
 
 
 def found_in(
@@ -33,7 +35,7 @@ def found_in(
     """Peaks of up to 32 frames of counts."""
     counts = np.zeros((FRAMES, SIZE, SIZE), np.float32)
     counts[: len(frames)] = frames
-    found = detect(jit_observe(counts, **told), known, max_targets=max_targets)
+    found = detect(jit_observe(counts, Sensor(**told)), known, max_targets=max_targets)
     return jax.tree.map(lambda a: np.asarray(a)[: len(frames)], found)
 
 
@@ -60,7 +62,7 @@ def truth() -> Targets:
 def test_isolated_targets_are_found_within_a_third_of_a_pixel(truth: Targets) -> None:
     rng = np.random.default_rng(1)
     clean = np.asarray(jit_render(truth))
-    found = found_in(clean + 20 + NOISE * rng.normal(size=clean.shape), noise=NOISE)
+    found = found_in(clean + 20 + NOISE * rng.normal(size=clean.shape), read_noise=NOISE)
     assert found.count.tolist() == [16] * 32
     for ours, theirs in zip(to_lists(found), to_lists(truth), strict=True):
         apart = np.abs(ours[:, None, :2] - theirs[None, :, :2]).max(-1)
@@ -74,13 +76,13 @@ def test_isolated_targets_are_found_within_a_third_of_a_pixel(truth: Targets) ->
 def test_pure_noise_raises_no_alarm() -> None:
     """A place is above 5 standard deviations at 3e-7: 9 x 33 x 33 of 32 frames, 0.08 times."""
     noise = NOISE * np.random.default_rng(2).normal(size=(32, SIZE, SIZE))
-    assert found_in(noise + 20, noise=NOISE).count.sum() <= 1
+    assert found_in(noise + 20, read_noise=NOISE).count.sum() <= 1
     assert found_in(noise + 20).count.sum() <= 1
 
 
 @pytest.mark.parametrize("level", [0.0, 3.0, 1e4])
 def test_rows2_and_3_constant_frames_hold_nothing(level: float) -> None:
-    for told in ({}, {"noise": NOISE}):
+    for told in ({}, {"read_noise": NOISE}):
         assert found_in(np.full((2, SIZE, SIZE), level), **told).count.tolist() == [0, 0]
 
 
@@ -115,15 +117,15 @@ def test_a_peak_at_the_limit_is_kept_and_one_below_is_not() -> None:
     psf = rendered([[(5.0, 5.0, 1.0)]])[0]
     error = NOISE / np.sqrt((psf**2).sum())
     frames = np.stack([psf * error * LEAST_SNR * share for share in (1.02, 0.98)])
-    assert found_in(frames, noise=NOISE, background=0.0).count.tolist() == [1, 0]
+    assert found_in(frames, read_noise=NOISE, background=0.0).count.tolist() == [1, 0]
 
 
 def test_least_energy_and_most_targets() -> None:
     frames = rendered([[(4, 4, 100.0), (4, 12, 200.0), (12, 4, 300.0)]])
-    two = found_in(frames[:1], max_targets=2, noise=1.0, background=0.0)
+    two = found_in(frames[:1], max_targets=2, read_noise=1.0, background=0.0)
     np.testing.assert_array_equal(two.position, [[[12, 4], [4, 12]]])
     np.testing.assert_allclose(two.intensity, [[300, 200]], rtol=1e-5)
-    seen = jit_observe(frames, noise=1.0, background=0.0)
+    seen = jit_observe(frames, Sensor(read_noise=1.0, background=0.0))
     bright = detect(seen, KNOWN, max_targets=2, least_energy=250.0)
     assert bright.count.tolist() == [1] + [0] * (FRAMES - 1)
     assert not np.asarray(bright.intensity)[0, 1:].any()
@@ -133,7 +135,7 @@ def test_row1_pixels_that_are_not_valid_are_not_looked_at() -> None:
     frames = np.zeros((FRAMES, SIZE, SIZE), np.float32)
     frames[0, 8, 8] = np.nan
     frames[0, 3, 3] = 1e6
-    seen = jit_observe(frames, noise=1.0, background=0.0)
+    seen = jit_observe(frames, Sensor(read_noise=1.0, background=0.0))
     without = seen.replace(valid=seen.valid.at[0, 3, 3].set(False))
     assert detect(seen, KNOWN, max_targets=2).count[0] == 1
     assert detect(without, KNOWN, max_targets=2).count[0] == 0
@@ -141,7 +143,7 @@ def test_row1_pixels_that_are_not_valid_are_not_looked_at() -> None:
 
 def test_light_of_neighbours_is_not_looked_for() -> None:
     frames = rendered([[(4, 4, 100.0), (12, 12, 200.0)], [(5, 9, 150.0)]])
-    seen = jit_observe(frames, noise=1.0, background=0.0)
+    seen = jit_observe(frames, Sensor(read_noise=1.0, background=0.0))
     others = rendered([[(12, 12, 200.0)], [(5, 9, 150.0)]])
     assert detect(seen, KNOWN, max_targets=2).count[:2].tolist() == [2, 1]
     found = detect(seen.replace(neighbours=others), KNOWN, max_targets=2)
@@ -152,7 +154,7 @@ def test_light_of_neighbours_is_not_looked_for() -> None:
 def test_the_shot_noise_of_the_sky_is_no_target() -> None:
     """That of a pedestal would be: with its light the sky is 16 times as noisy as without."""
     sky = np.random.default_rng(5).poisson(1000, (FRAMES, SIZE, SIZE)).astype(np.float32)
-    told = {"noise": NOISE, "known": SHOT}
+    told = {"read_noise": NOISE, "known": SHOT}
     assert found_in(sky, background=1000.0, **told).count.sum() <= 1
     offset = found_in(sky, pedestal=1000.0, background=0.0, **told)
     assert (offset.count > 0).all()
@@ -163,7 +165,7 @@ def test_any_number_of_frames_has_the_peaks_of_each() -> None:
     tables = [[(3, 3, 40.0 + i), (8, 8, 200.0)] for i in range(10)]
     few = np.asarray(jax.jit(partial(render, frame_size=11, psf=SIGMA))(from_lists(tables, 2)))
     seen = jax.tree.map(
-        np.asarray, jit_observe(np.tile(few, (13, 1, 1)), noise=1.0, background=0.0)
+        np.asarray, jit_observe(np.tile(few, (13, 1, 1)), Sensor(read_noise=1.0, background=0.0))
     )
     known = KNOWN.replace(prior=scene_prior(intensity=(90, 300)))
     found = peaks_of(seen, known, max_targets=2)
@@ -181,4 +183,4 @@ def test_any_number_of_frames_has_the_peaks_of_each() -> None:
 def test_a_target_between_places_is_one_peak(place: tuple[float, float]) -> None:
     """Two places see it alike; rounding must not decide whether there are two targets."""
     frames = rendered([[(*place, intensity)] for intensity in np.linspace(100, 300, FRAMES)])
-    assert found_in(frames, noise=1.0, background=0.0).count.tolist() == [1] * FRAMES
+    assert found_in(frames, read_noise=1.0, background=0.0).count.tolist() == [1] * FRAMES

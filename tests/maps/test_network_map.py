@@ -9,12 +9,13 @@ import pytest
 
 from dscsnet_jax.estimation import start
 from dscsnet_jax.estimation.windows import flat, padded
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.prior import Known
 from dscsnet_jax.io.weights import Metadata, Weights, geometry_of
 from dscsnet_jax.maps.network import read_maps
 from dscsnet_jax.maps.readout import Readout, peak_centroids
 from dscsnet_jax.physics.optics import SensingOperator, render, sensing_operator
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 from dscsnet_jax.unfolding.registry import make_network
@@ -32,7 +33,9 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 def seen(side: int) -> Observation:
     def look() -> Observation:
         y = BACKGROUND + render(from_lists(TABLES), frame_size=side, psf=SIGMA)
-        return observe(y, noise=1.0, pedestal=BACKGROUND / 2, background=BACKGROUND / 2)
+        return observe(
+            y, Sensor(read_noise=1.0, pedestal=BACKGROUND / 2, background=BACKGROUND / 2)
+        )
 
     return jax.tree.map(np.asarray, quick_jit(look)())
 

@@ -61,9 +61,9 @@ def one(*table: tuple[float, float, float]) -> Targets:
 SHAPE, WIDTHS = (9, 12), (0.45, 0.7)
 SENSORS = [
     READ,
-    Sensor(electrons_per_count=3.0, read_noise=1.5, offset=20.0),
-    digital(8, offset=100.0, read_noise=5.0),
-    digital(8, electrons_per_count=0.5, offset=100.0),
+    Sensor(gain=3.0, read_noise=1.5, pedestal=20.0),
+    digital(8, pedestal=100.0, read_noise=5.0),
+    digital(8, gain=0.5, pedestal=100.0),
 ]
 
 
@@ -96,10 +96,10 @@ def test_render_jacobian_equals_autodiff(x64: None, targets: Targets) -> None:
 @pytest.mark.parametrize("sensor", SENSORS)
 def test_information_equals_autodiff(x64: None, targets: Targets, sensor: Sensor) -> None:
     mean, jacobian = mean_and_jacobian(targets)
-    noise = float(sensor.read_noise) ** 2 + sensor.quantised / 12
-    shot = 0.0 if sensor.electrons_per_count is None else mean / sensor.electrons_per_count
-    seen = mean + sensor.offset < sensor.saturation
-    assert seen.all() == np.isinf(sensor.saturation), "the scenes must reach the well"
+    noise = float(sensor.read_noise or 0) ** 2 + (1 / 12 if sensor.quantised else 0)
+    shot = 0.0 if sensor.gain is None else mean / sensor.gain
+    seen = mean + (sensor.pedestal or 0) < (sensor.saturation or np.inf)
+    assert seen.all() == (sensor.saturation is None), "the scenes must reach the well"
     expected = np.einsum("bijp,bij,bijq->bpq", jacobian, seen / (noise + shot), jacobian)
     present = np.repeat(targets.mask, 3, axis=-1)
     expected += np.stack([np.diag(1.0 - m) for m in present])
@@ -123,11 +123,11 @@ def test_prior_adds_to_the_diagonal(targets: Targets) -> None:
 
 def test_pure_shot_noise_on_dark_pixels_is_finite(targets: Targets) -> None:
     """Where nothing is expected the variance is 0: no information, not 0/0."""
-    got = bounds(targets, Sensor(electrons_per_count=10.0))
+    got = bounds(targets, Sensor(gain=10.0))
     for std in got:
         assert np.isfinite(std[targets.mask]).all()
     # One bright star: photon statistics bound its flux by its own shot noise at least.
-    alone = bounds(one((5.0, 5.0, 1000.0)), Sensor(electrons_per_count=4.0))
+    alone = bounds(one((5.0, 5.0, 1000.0)), Sensor(gain=4.0))
     assert float(alone.intensity_std[0, 0]) == pytest.approx(np.sqrt(1000 / 4), rel=1e-4)
 
 
@@ -169,7 +169,7 @@ def test_maximum_likelihood_attains_the_bound() -> None:
     10 %: each of the six ratios must lie within four of them, and their mean closer.
     """
     table = np.array([(4.2, 4.1, 240.0), (6.4, 6.3, 200.0)])
-    sensor = Sensor(read_noise=1.0, offset=10.0)
+    sensor = Sensor(read_noise=1.0, pedestal=10.0)
     mean = render(from_lists([table]), frame_size=11, psf=0.5)
     frames = expose(sensor, jax.random.key(0), jnp.broadcast_to(mean, (200, 11, 11)))
     frames = np.asarray(frames, float) - 10.0
@@ -203,7 +203,7 @@ def test_row4_losing_saturated_pixels_raises_the_bound() -> None:
     tight = one(*SCENES[2])
     open_well = bounds(tight, Sensor(read_noise=2.0))
     clipped = bounds(tight, Sensor(read_noise=2.0, saturation=200.0))
-    with_offset = bounds(tight, Sensor(read_noise=2.0, saturation=210.0, offset=10.0))
+    with_offset = bounds(tight, Sensor(read_noise=2.0, saturation=210.0, pedestal=10.0))
     for free, full, shifted in zip(open_well, clipped, with_offset, strict=True):
         assert np.all(np.asarray(full) > np.asarray(free))
         np.testing.assert_array_equal(full, shifted)
@@ -300,7 +300,7 @@ def test_bounds_move_with_whole_pixels_and_swap_with_the_targets(x64: None) -> N
         np.testing.assert_allclose(c[:, ::-1], a, rtol=1e-9)
 
 
-@pytest.mark.parametrize("sensor", [Sensor(), Sensor(saturation=255.0), Sensor(offset=3.0)])
+@pytest.mark.parametrize("sensor", [Sensor(), Sensor(saturation=255.0), Sensor(pedestal=3.0)])
 def test_a_noiseless_sensor_is_refused(targets: Targets, sensor: Sensor) -> None:
     with pytest.raises(ValueError, match="needs read_noise > 0"):
         fisher_information(targets, sensor=sensor, **OPTICS)

@@ -160,7 +160,7 @@ def test_any_division_and_size(division: int, size: int) -> None:
         ("csist", {"intensity": (250.0, 220.0)}, r"low <= high < inf, got 250\.0 \.\. 220\.0"),
         ("csist", {"intensity": (220.0, float("nan"))}, "low <= high < inf"),
         ("csist_varied", {"sigma": 0.5}, "'csist_varied' draws .*: sigma cannot be set"),
-        ("csist_varied", {"read_noise": 1.0, "offset": 2.0}, "offset, read_noise cannot be set"),
+        ("csist_varied", {"read_noise": 1.0, "pedestal": 2.0}, "pedestal, read_noise cannot"),
         ("csist_varied", {"sensor": digital(8)}, "sensor cannot be set"),
         ("csist_varied", {"variation": scene.Variation(), "read_noise": 1.0}, "read_noise cannot"),
         ("csist_varied", {"intensity": (60.0, 250.0)}, "intensity's lower end cannot be set"),
@@ -210,13 +210,13 @@ def test_frames_without_variation_are_those_of_scene_optics_and_sensor(name: str
         "csist_noise": (10, (25 + 1 / 12) ** 0.5),
         "csist_wide": (0, 12**-0.5),
     }[name]
-    np.testing.assert_array_equal(made.offset, np.full(64, offset))
+    np.testing.assert_array_equal(made.level, np.full(64, offset))
     np.testing.assert_allclose(made.noise, np.full(64, noise), rtol=1e-6)
 
 
 # --- conditions that vary from frame to frame ----------------------------------------------
 
-KNOWN = scene.Variation(offset_error=0.0, noise_error=0.0)  # users know offset and noise
+KNOWN = scene.Variation(pedestal_error=0.0, noise_error=0.0)  # users know offset and noise
 # The outer two rows and columns are 3 pixels from any target: there is background alone.
 WIDE: dict[str, Any] = {"frame_size": 13, "margin": 5, "max_targets": 2}
 BORDER = np.pad(np.zeros((9, 9), bool), 2, constant_values=True)
@@ -249,7 +249,7 @@ def test_shares_of_empty_and_of_digital_frames(known: scene.Scene, is_digital: n
     assert_share(is_digital[empty], 0.5)
     assert not known.targets.position[empty].any()
     assert not known.targets.intensity[empty].any()
-    above = known.frames[empty] - known.offset[empty, None, None]  # nothing is left of a target
+    above = known.frames[empty] - known.level[empty, None, None]  # nothing is left of a target
     assert (np.abs(above) <= 6 * known.noise[empty, None, None] + 0.5).all()
     assert known.frames[is_digital].min() == 0
     assert known.frames[~is_digital].min() < -10
@@ -258,17 +258,17 @@ def test_shares_of_empty_and_of_digital_frames(known: scene.Scene, is_digital: n
 def test_offset_and_noise_of_the_frames_have_the_ranges_told(
     known: scene.Scene, is_digital: np.ndarray
 ) -> None:
-    assert stats.kstest(known.offset, stats.uniform(0, 20).cdf).pvalue > 1e-3
+    assert stats.kstest(known.level, stats.uniform(0, 20).cdf).pvalue > 1e-3
     read = np.sqrt(np.maximum(known.noise**2 - is_digital / 12, 0))
     none = read < 1e-3
     assert_share(none, 1 / 11)
     assert stats.kstest(read[~none], stats.uniform(0, 10).cdf).pvalue > 1e-3
-    assert abs(stats.spearmanr(known.offset, read).statistic) < 4 / NUM**0.5
+    assert abs(stats.spearmanr(known.level, read).statistic) < 4 / NUM**0.5
 
 
 def test_frames_hold_the_offset_and_noise_told(known: scene.Scene, is_digital: np.ndarray) -> None:
     """Pixels without targets, standardised; digital ones far enough from the cut at 0."""
-    offset, noise = known.offset, known.noise
+    offset, noise = known.level, known.noise
     noisy = (noise > 1) & (~is_digital | (offset > 5 * noise))
     assert is_digital[noisy].sum() > 300
     pixels = (known.frames[:, BORDER] - offset[:, None]) / np.where(noisy, noise, 1)[:, None]
@@ -286,14 +286,14 @@ def test_offset_and_noise_that_users_know_have_the_errors_told(known: scene.Scen
     told = varied(scene.Variation())
     np.testing.assert_array_equal(told.frames, known.frames)
     noisy = known.noise > 0.1  # where float32 resolves an error of 0.13 deviations
-    offset_error = (told.offset - known.offset)[noisy] / (0.13 * known.noise[noisy])
+    offset_error = (told.level - known.level)[noisy] / (0.13 * known.noise[noisy])
     noise_error = np.log(told.noise[noisy] / known.noise[noisy]) / 0.1
     for error in (offset_error, noise_error):
         assert stats.kstest(error.astype(float), stats.norm.cdf).pvalue > 1e-3
     assert abs(np.corrcoef(offset_error, noise_error)[0, 1]) < 4 / noisy.sum() ** 0.5
     still = known.noise == 0
     assert still.any()
-    np.testing.assert_array_equal(told.offset[still], known.offset[still])
+    np.testing.assert_array_equal(told.level[still], known.level[still])
     assert not told.noise[still].any()
 
 
@@ -333,7 +333,7 @@ def test_bright_targets_saturate_digital_frames_alone() -> None:
 def test_psf_of_the_frames_has_the_range_told() -> None:
     """From the brightest pixel of one target: the narrower the PSF, the more it holds."""
     quiet = scene.Variation(
-        read_noise=(0.0, 0.0), offset=(0.0, 0.0), digital=0.0, empty=0.0, sigma=(0.4, 0.6)
+        read_noise=(0.0, 0.0), pedestal=(0.0, 0.0), digital=0.0, empty=0.0, sigma=(0.4, 0.6)
     )
     made = varied(quiet, frame_size=5, margin=2, max_targets=1)
     position = made.targets.position[:, 0].astype(float)

@@ -37,13 +37,13 @@ def test_a_bare_sensor_changes_nothing() -> None:
 
 def test_order_offset_then_noise_then_rounding_then_full_well() -> None:
     expected = jnp.array([0.3, 10.2, 10.3, 200.0, 254.4])
-    sensor = digital(8, offset=0.25)
+    sensor = digital(8, pedestal=0.25)
     # 10.2 + 0.25 rounds to 10 and 10.3 + 0.25 to 11: the offset comes before rounding.
     np.testing.assert_array_equal(expose(sensor, KEY, expected), [1, 10, 11, 200, 255])
-    noisy = expose(digital(8, offset=100.0, read_noise=3.0), KEY, jnp.full((SAMPLES,), 50.4))
+    noisy = expose(digital(8, pedestal=100.0, read_noise=3.0), KEY, jnp.full((SAMPLES,), 50.4))
     whole = np.asarray(noisy)
     np.testing.assert_array_equal(whole, np.round(whole))
-    same = expose(Sensor(offset=100.0, read_noise=3.0), KEY, jnp.full((SAMPLES,), 50.4))
+    same = expose(Sensor(pedestal=100.0, read_noise=3.0), KEY, jnp.full((SAMPLES,), 50.4))
     np.testing.assert_array_equal(whole, np.round(np.asarray(same)))
 
 
@@ -63,21 +63,21 @@ def test_rounding_is_half_to_even_and_clips_below_only_when_quantised() -> None:
 
 
 def test_read_noise_moments() -> None:
-    y = expose(Sensor(offset=10.0, read_noise=5.0), KEY, jnp.full((SAMPLES,), 7.0))
+    y = expose(Sensor(pedestal=10.0, read_noise=5.0), KEY, jnp.full((SAMPLES,), 7.0))
     assert_moments(y, 17.0, 25.0)
 
 
 @pytest.mark.parametrize("gain", [0.5, 4.0])
 def test_shot_noise_moments(gain: float) -> None:
     level = 20.0
-    y = expose(Sensor(electrons_per_count=gain), KEY, jnp.full((SAMPLES,), level))
+    y = expose(Sensor(gain=gain), KEY, jnp.full((SAMPLES,), level))
     electrons = level * gain
     assert_moments(y, level, level / gain, (electrons + 3 * electrons**2) / gain**4)
     np.testing.assert_array_equal(np.asarray(y) * gain, np.round(np.asarray(y) * gain))
 
 
 def test_the_offset_carries_no_shot_noise() -> None:
-    y = expose(Sensor(electrons_per_count=1.0, offset=1000.0), KEY, jnp.zeros((SAMPLES,)))
+    y = expose(Sensor(gain=1.0, pedestal=1000.0), KEY, jnp.zeros((SAMPLES,)))
     np.testing.assert_array_equal(y, 1000.0)
 
 
@@ -85,10 +85,10 @@ def test_the_offset_carries_no_shot_noise() -> None:
     "sensor",
     [
         Sensor(read_noise=2.0),
-        Sensor(electrons_per_count=2.0),
-        Sensor(electrons_per_count=2.0, read_noise=3.0, offset=5.0),
+        Sensor(gain=2.0),
+        Sensor(gain=2.0, read_noise=3.0, pedestal=5.0),
         digital(16, read_noise=2.0),
-        digital(16, electrons_per_count=0.7, read_noise=1.0),
+        digital(16, gain=0.7, read_noise=1.0),
     ],
 )
 def test_variance_formula_against_monte_carlo(sensor: Sensor) -> None:
@@ -99,14 +99,16 @@ def test_variance_formula_against_monte_carlo(sensor: Sensor) -> None:
         expected = level + base + spread
         error = expose(sensor, KEY, expected) - expected
         mean_variance = float(variance(sensor, expected).mean())
-        electrons = 0.0 if sensor.electrons_per_count is None else float(sensor.electrons_per_count)
+        electrons = 0.0 if sensor.gain is None else float(sensor.gain)
         # Fourth moment of Poisson + Gaussian: 3 var^2 + mu / gain^3.
         skew = 0.0 if electrons == 0 else (level + base) / electrons**3
-        assert_moments(error, float(sensor.offset), mean_variance, 3 * mean_variance**2 + skew)
+        assert_moments(
+            error, float(sensor.pedestal or 0), mean_variance, 3 * mean_variance**2 + skew
+        )
 
 
 def test_variance_adds_its_parts() -> None:
-    sensor = digital(8, electrons_per_count=4.0, read_noise=3.0, offset=50.0)
+    sensor = digital(8, gain=4.0, read_noise=3.0, pedestal=50.0)
     got = variance(sensor, jnp.array([0.0, 8.0]))
     np.testing.assert_allclose(got, [9 + 1 / 12, 11 + 1 / 12], rtol=1e-6)
     np.testing.assert_array_equal(variance(Sensor(), jnp.ones((2, 3))), np.zeros((2, 3)))
@@ -137,7 +139,7 @@ def test_bits_out_of_range_are_refused(bits: int) -> None:
         digital(bits)
 
 
-SHOT_AND_READ = digital(12, electrons_per_count=2.0, read_noise=3.0)
+SHOT_AND_READ = digital(12, gain=2.0, read_noise=3.0)
 
 
 def test_row32_same_key_same_frame_bit_for_bit() -> None:
@@ -150,14 +152,14 @@ def test_row32_same_key_same_frame_bit_for_bit() -> None:
 
 def test_shot_and_read_noise_are_independent() -> None:
     expected = jnp.full((SAMPLES,), 50.0)
-    shot = np.asarray(expose(Sensor(electrons_per_count=1.0), KEY, expected)) - 50
+    shot = np.asarray(expose(Sensor(gain=1.0), KEY, expected)) - 50
     read = np.asarray(expose(Sensor(read_noise=1.0), KEY, expected)) - 50
     assert abs(np.corrcoef(shot, read)[0, 1]) < DEVIATIONS / np.sqrt(SAMPLES)
 
 
 def test_fields_may_be_traced() -> None:
     expected = jnp.full((1000,), 30.0)
-    sensor = digital(12, read_noise=3.0, offset=2.5)
+    sensor = digital(12, read_noise=3.0, pedestal=2.5)
     np.testing.assert_array_equal(
         jax.jit(expose)(sensor, KEY, expected), expose(sensor, KEY, expected)
     )
@@ -169,6 +171,6 @@ def test_dark_pixels_of_a_rendered_frame_hold_no_negative_electrons() -> None:
     places = np.random.default_rng(0).uniform(0, 10, (4000, 2))
     truth = from_lists([[(*place, 240.0)] for place in places])
     expected = render(truth, frame_size=11, psf=0.5).ravel()[:SAMPLES]
-    sensor = Sensor(electrons_per_count=1.0)
+    sensor = Sensor(gain=1.0)
     assert float(expose(sensor, KEY, expected).min()) == 0.0
     assert float(variance(sensor, expected).min()) >= 0.0

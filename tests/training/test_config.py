@@ -19,7 +19,7 @@ from dscsnet_jax.training.config import (
 from dscsnet_jax.unfolding.baselines.ista_net import IstaNetConfig
 from dscsnet_jax.unfolding.network import NetworkConfig
 
-OWN = ("sigma", "read_noise", "offset", "intensity_low", "intensity_high")
+OWN = ("sigma", "read_noise", "pedestal", "intensity_low", "intensity_high")
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.py"))
 FILE = """
 from dscsnet_jax.training.config import default_config
@@ -73,13 +73,13 @@ def test_networks_bound_to_one_size_are_not_scored_on_another(tmp_path: Path) ->
 
 def test_optics_and_sensor_are_the_presets_own_unless_they_are_set(tmp_path: Path) -> None:
     path = write(tmp_path, "config.scene.sigma = 0.6; config.scene.intensity_high = 300")
-    overrides = ["scene.sigma=0.7", "scene.read_noise=0", "scene.offset=12.5"]
+    overrides = ["scene.sigma=0.7", "scene.read_noise=0", "scene.pedestal=12.5"]
     assert make_preset(load_config(path)) == get_preset(
         "csist", sigma=0.6, intensity=(220.0, 300.0)
     )
     config = load_config(path, [*overrides, "scene.intensity_low=30", "scene.preset=csist_noise"])
     expected = get_preset(
-        "csist_noise", sigma=0.7, read_noise=0.0, offset=12.5, intensity=(30.0, 300.0)
+        "csist_noise", sigma=0.7, read_noise=0.0, pedestal=12.5, intensity=(30.0, 300.0)
     )
     assert make_preset(config) == expected
     assert make_preset(config, 9) == dataclasses.replace(expected, frame_size=9)
@@ -116,7 +116,7 @@ def test_upper_end_of_varied_intensities_may_be_set(tmp_path: Path) -> None:
     [
         ("scene.sigma=0.5", "'csist_varied' draws .*: sigma cannot be set"),
         ("scene.read_noise=2", "read_noise cannot be set"),
-        ("scene.offset=0", "offset cannot be set"),
+        ("scene.pedestal=0", "pedestal cannot be set"),
         ("scene.intensity_low=50.0", "scene.intensity_low cannot be set: preset 'csist_varied'"),
         ("scene.intensity_high=200.0", "the upper end must lie above, got 200.0"),
     ],
@@ -199,7 +199,7 @@ def test_row20_wrong_override_is_refused(tmp_path: Path, override: str, message:
         ("scene.sigma=0", "'scene.sigma' must be finite and > 0, got 0.0"),
         ("scene.sigma=1e999", "'scene.sigma' must be finite and > 0, got inf"),
         ("scene.read_noise=-1", "'scene.read_noise' must be finite and >= 0, got -1.0"),
-        ("scene.offset=-1", "'scene.offset' must be finite and >= 0, got -1.0"),
+        ("scene.pedestal=-1", "'scene.pedestal' must be finite and >= 0, got -1.0"),
         ("scene.intensity_low=0", "'scene.intensity_low' must be finite and > 0, got 0.0"),
         ("scene.intensity_low=251", r"expected 0 <= low <= high < inf, got 251\.0 \.\. 250\.0"),
         ("train.num_steps=500", "warmup_steps 500 must be below train.num_steps 500"),

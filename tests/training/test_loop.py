@@ -220,7 +220,7 @@ def test_weights_are_the_final_parameters_with_where_they_come_from(
         "intensity": [220.0, 250.0],
         "sigma": [0.5, 0.5],
         "read_noise": [0.0, 0.0],
-        "offset": [0.0, 0.0],
+        "pedestal": [0.0, 0.0],
         "background": "subtracted",
         "separation": 0.5,
         "frames": 48,
@@ -487,7 +487,7 @@ def test_row33_every_frame_is_scored_once_when_the_last_batch_is_ragged(
                 "scene__preset": "csist_noise",
                 "scene__sigma": 0.7,
                 "scene__read_noise": 3.0,
-                "scene__offset": 12.0,
+                "scene__pedestal": 12.0,
                 "scene__intensity_low": 100.0,
                 "scene__intensity_high": 900.0,
             },
@@ -495,7 +495,7 @@ def test_row33_every_frame_is_scored_once_when_the_last_batch_is_ragged(
                 "intensity": (100, 900),
                 "sigma": (0.7, 0.7),
                 "read_noise": (3, 3),
-                "offset": (12, 12),
+                "pedestal": (12, 12),
             },
         ),
         (
@@ -504,7 +504,7 @@ def test_row33_every_frame_is_scored_once_when_the_last_batch_is_ragged(
                 "intensity": (50, 300),
                 "sigma": (0.45, 0.55),
                 "read_noise": (0, 10),
-                "offset": (0, 20),
+                "pedestal": (0, 20),
             },
         ),
     ],
@@ -632,7 +632,7 @@ def test_run_from_before_a_field_was_added_goes_on(
 ) -> None:
     """Fields that are not set do not make another config of it."""
     stored = json.loads((finished[0] / "config.json").read_text())
-    for name in ("sigma", "read_noise", "offset", "intensity_low", "intensity_high"):
+    for name in ("sigma", "read_noise", "pedestal", "intensity_low", "intensity_high"):
         assert stored["scene"].pop(name) is None
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert train(tmp_path).finished

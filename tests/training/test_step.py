@@ -323,7 +323,7 @@ def test_batch_of_empty_frames_gives_a_finite_update(noise: tuple[float, float])
 def test_offset_is_subtracted_before_the_network() -> None:
     """With a known background the update is that of the frames without it."""
     bright, dark = (
-        get_preset("csist_float", frame_size=5, max_targets=1, offset=offset)
+        get_preset("csist_float", frame_size=5, max_targets=1, pedestal=offset)
         for offset in (40.0, 0.0)
     )
     (step, state), (plain, _) = varied_step(bright), varied_step(dark)
