@@ -56,9 +56,7 @@ def test_first_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("light")
-def test_python_block_of_other_optics_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_block_of_other_optics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = (np.arange(33) - 16) / 4
     array = np.exp(-(place[:, None] ** 2 / 0.4 + (place[None] - 0.3 * place[:, None]) ** 2 / 0.7))
     places = np.array([[5.2, 4.8]])

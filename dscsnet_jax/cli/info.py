@@ -18,6 +18,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sc
 def run(args: argparse.Namespace) -> int:
     """Print a line for each thing."""
     del args
+    settings = jax.config.values
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES)
     devices = ", ".join(f"{d.device_kind} ({d.platform} {d.id})" for d in jax.devices())
     lines = [
@@ -25,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
         f"python {platform.python_version()} on {platform.platform()}",
         versions,
         f"devices: {devices}; processes: {jax.process_count()}",
-        f"float64: {'on' if jax.config.jax_enable_x64 else 'off'}",
-        f"compiled programs: {_cache()}",
+        f"float64: {'on' if settings['jax_enable_x64'] else 'off'}",
+        f"compiled programs: {_cache(settings['jax_compilation_cache_dir'])}",
     ]
     for name in packaged():
         about = load_weights(packaged_weights(name)).metadata
@@ -37,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cache() -> str:
+def _cache(folder: str | None) -> str:
     """Where compiled programs are kept, and how much of them there is."""
-    folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return "not kept (no folder can be written)"
-    sizes = [file.stat().st_size for file in Path(folder).glob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
     return f"{folder}, {len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB"
