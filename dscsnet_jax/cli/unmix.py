@@ -16,7 +16,6 @@ from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.io.catalog import (
     Catalog,
     concatenate,
-    from_targets,
     prepare_catalog,
     write_catalog,
 )
@@ -32,10 +31,7 @@ def run(args: argparse.Namespace) -> int:
     pieces = [piece for stack in stacks for piece in _pieces(stack, args)]
     answers = [_answer(piece, args) for piece in progress.tracked(pieces, "unmixing")]
     catalog = concatenate(
-        [
-            from_targets(piece.names, answer.targets, std=answer.std, status=answer.status())
-            for piece, answer in zip(pieces, answers, strict=True)
-        ]
+        [answer.catalog(piece.names) for piece, answer in zip(pieces, answers, strict=True)]
     )
     if args.out:
         write_catalog(args.out, catalog, force=args.force)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import ndimage
 
@@ -13,6 +16,7 @@ from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources, widest_of
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.io.catalog import Catalog, as_arrow, as_astropy, from_targets
 from dscsnet_jax.physics.targets import Targets
 
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
@@ -20,6 +24,7 @@ _UNRESOLVED_PIXELS = 0.5  # in sigmas of the PSF
 _UNRESOLVED_GAP = 2.0  # in standard deviations
 _SEPARATION_SLACK = 0.1  # pixels below the prior's least distance
 _UNEXPLAINED = 5.0  # standard deviations of chi square
+_SHOWN = 24  # lines of a table in a notebook
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,24 @@ class UnmixResult:
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out, not known to be bad.
       start: (B,) text, where the first targets came from: `network` or `detection`.
+      known: what was known of optics, sensor and scene, the PSF as given or fitted.
+      samples: (B, S, K, 3) of the posterior: row, col (pixels) and intensity (counts) of the
+        targets, which may exchange their numbers; None unless asked for.
       maps: (B, cN, cM) sub-pixel maps, counts; None unless asked for.
+
+    Example:
+      >>> import dscsnet_jax as dj
+      >>> y = dj.render(dj.from_lists([[(5.0, 4.7, 240.0)], []]), frame_size=11, psf=0.5)
+      >>> answer = dj.unmix(y, dj.Known(sensor=dj.Sensor(read_noise=1.0)), estimate="map")
+      >>> answer
+      <UnmixResult: 1 target in 2 frames>
+      >>> len(answer), answer[0].status().tolist()[0][0]
+      (2, 'ok')
+      >>> print(answer.to_table()["frame", "target", "intensity"])
+      frame target intensity
+                       ct
+      ----- ------ ---------
+          0      0     240.0
     """
 
     targets: Targets
@@ -74,7 +96,56 @@ class UnmixResult:
     truncated: np.ndarray
     invalid: np.ndarray
     start: np.ndarray
+    known: Known
+    samples: np.ndarray | None = None
     maps: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Number of frames, `B`."""
+        return len(self.residual)
+
+    def __getitem__(self, frames: int | slice | np.ndarray) -> UnmixResult:
+        """The answer of some frames; of one frame with B = 1."""
+        if isinstance(frames, int | np.integer):
+            if not -len(self) <= frames < len(self):  # else iteration would not end
+                raise IndexError(f"frame {frames} of {len(self)}")
+            frames = slice(frames, frames + 1 or None)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        known = fields.pop("known")
+        some = jax.tree.map(lambda a: np.asarray(a)[frames], fields)
+        return UnmixResult(**some, known=known)
+
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        number = int(np.asarray(self.targets.mask).sum())
+        targets, frames = (f"{n} {what}{'s' * (n != 1)}" for n, what in self._sizes(number))
+        return f"<UnmixResult: {targets} in {frames}>"
+
+    def _repr_html_(self) -> str:
+        """Its table, as notebooks show it."""
+        lines = self.to_table().pformat(max_lines=_SHOWN, html=True, show_unit=True)
+        return "\n".join([f"<p>{html.escape(repr(self))}</p>", *lines])
+
+    def _sizes(self, targets: int) -> tuple[tuple[int, str], ...]:
+        return (targets, "target"), (len(self), "frame")
+
+    def catalog(self, names: Sequence[str] | None = None) -> Catalog:
+        """One row a target; frames have the names given, or their numbers."""
+        if names is None:
+            names = [str(number) for number in range(len(self))]
+        return from_targets(names, self.targets, std=self.std, status=self.status())
+
+    def to_table(self, names: Sequence[str] | None = None) -> Any:
+        """`catalog` as an `astropy.table.Table` with units; needs the extra `catalog`."""
+        return as_astropy(self.catalog(names))
+
+    def to_arrow(self, names: Sequence[str] | None = None) -> Any:
+        """`catalog` as a `pyarrow.Table`; needs the extra `catalog`."""
+        return as_arrow(self.catalog(names))
+
+    def to_pandas(self, names: Sequence[str] | None = None) -> Any:
+        """`catalog` as a `pandas.DataFrame`; needs the extra `catalog`."""
+        return self.to_arrow(names).to_pandas()
 
     def status(self) -> np.ndarray:
         """(B, K) text: `ok`, or the flags that hold, joined by `|`; empty where no target."""
@@ -121,6 +192,7 @@ def grid_result(
         unexplained=np.zeros(frames, bool),
         truncated=truncated,
         start=np.full(frames, "network"),
+        known=known,
         maps=maps,
         **_common(observation, targets, source, known),
     )
@@ -154,6 +226,8 @@ def solved_result(
         unexplained=chi_square > 1 + _UNEXPLAINED * expected_spread,
         truncated=solved.truncated,
         start=np.full(len(solved.truncated), start),
+        known=known,
+        samples=solved.samples,
         maps=maps,
         **_common(solved.observation, solved.targets, solved.source, known),
     )

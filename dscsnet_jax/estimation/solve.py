@@ -57,6 +57,7 @@ class Solved(NamedTuple):
       truncated: (B,) bool, targets are missing for want of slots.
       observation: noise and background as given or estimated.
       source: (B, N, M) expected counts of the targets.
+      samples: (B, S, K, 3) of the posterior, row, col and intensity; None unless asked for.
     """
 
     targets: Targets
@@ -69,6 +70,7 @@ class Solved(NamedTuple):
     truncated: np.ndarray
     observation: Observation
     source: np.ndarray
+    samples: np.ndarray | None = None
 
 
 def solve(
@@ -82,6 +84,7 @@ def solve(
     greedy: bool = False,
     fixed_count: bool = False,
     from_start: bool = False,
+    keep_samples: bool = False,
     seed: int = 0,
 ) -> Solved:
     """Fit, count and average the targets of frames.
@@ -97,13 +100,14 @@ def solve(
       greedy: only add targets, one at a time.
       fixed_count: keep the number of targets of the start.
       from_start: sample from the start itself instead of from its fit.
+      keep_samples: answer with the samples of the posterior.
       seed: of the chains.
 
     Returns:
       `Solved`.
 
     Raises:
-      ValueError: for an unknown estimate.
+      ValueError: for an unknown estimate, or samples of one that has none.
 
     Example:
       >>> from dscsnet_jax.estimation.windows import flat
@@ -121,6 +125,8 @@ def solve(
     """
     if estimate not in ESTIMATES:
         raise ValueError(f"unknown estimate {estimate!r}; choose one of {', '.join(ESTIMATES)}")
+    if keep_samples and estimate != "mean":
+        raise ValueError(f"samples are those of the estimate 'mean', got {estimate!r}")
     observation = jax.tree.map(np.asarray, observation)
     num_frames = len(observation.counts)
     if estimate_noise:
@@ -132,17 +138,18 @@ def solve(
     if estimate == "mean":
         if from_start:
             found = start
-        posteriors = sampled(observation, found, known, seed=seed)
+        posteriors = sampled(observation, found, known, seed=seed, keep_samples=keep_samples)
         means = [(w, p.targets, _mean_values(w, p)) for w, p in posteriors]
         found, values = windows.gather(means)
     targets, values, truncated = windows.padded(found, values, num_frames, max_targets)
     slots = targets.mask.shape
-    std, interval, converged, effective, crowded = values or (
+    std, interval, converged, effective, crowded, *samples = values or (
         np.zeros((*slots, 3)),
         np.zeros((*slots, 3, 4)),
         np.zeros(slots, bool),
         np.zeros(slots),
         np.zeros(slots, bool),
+        *([np.zeros((*slots, 0, 3))] if keep_samples else ()),
     )
     return Solved(
         targets=targets,
@@ -155,6 +162,7 @@ def solve(
         truncated=truncated,
         observation=observation,
         source=windows.frame_sources(targets, known.psf, observation.counts),
+        samples=np.swapaxes(samples[0], 1, 2) if samples else None,
     )
 
 
@@ -281,6 +289,7 @@ def sampled(
     known: Known,
     *,
     seed: int,
+    keep_samples: bool = False,
 ) -> list[tuple[Windows, Posterior]]:
     """Posteriors of all windows at the counts of the targets.
 
@@ -289,23 +298,32 @@ def sampled(
       targets: best those of a fit.
       known: PSF, sensor's gain and scene prior.
       seed: of the chains.
+      keep_samples: answer with them.
 
     Returns:
       The windows with their posteriors.
     """
     shapes = windows.exact_shapes(windows.widest_of(known.psf))
     cuts = windows.cut(observation, targets, shapes, psf=known.psf)
-    return [(w, sampled_windows(w, known, seed=seed)) for w in cuts]
+    run = partial(sampled_windows, known=known, seed=seed, keep_samples=keep_samples)
+    return [(w, run(w)) for w in cuts]
 
 
-def sampled_windows(w: Windows, known: Known, *, seed: int, width_slope: bool = False) -> Posterior:
+def sampled_windows(
+    w: Windows,
+    known: Known,
+    *,
+    seed: int,
+    width_slope: bool = False,
+    keep_samples: bool = False,
+) -> Posterior:
     """`sampler.sample` of windows of one shape, in blocks of one size.
 
     Those whose chains disagree are gathered into new blocks, so that few slow ones do not cost
     all others their time.
     """
     told = known, np.uint32(seed)
-    run = partial(_turn, width_slope=width_slope)
+    run = partial(_turn, width_slope=width_slope, keep_samples=keep_samples)
     todo = np.arange(len(w.frame))
     run_chains = partial(_run, of_chains=True)
     chains = run_chains(_begin, w, *told)
@@ -352,12 +370,11 @@ def _begin(given: _Given, known: Known, seed: jax.Array) -> sampler.Chains:
     return sampler.begin(*given[:2], known, jax.random.key(seed))
 
 
-@partial(jax.jit, static_argnames="width_slope")
+@partial(jax.jit, static_argnames=("width_slope", "keep_samples"))
 def _turn(
-    given: _Given, known: Known, seed: jax.Array, number: jax.Array, *, width_slope: bool
+    given: _Given, known: Known, seed: jax.Array, number: jax.Array, **what: Any
 ) -> tuple[Posterior, sampler.Chains]:
-    key = jax.random.key(seed)
-    return sampler.turn(*given, known, key, number, width_slope=width_slope)
+    return sampler.turn(*given, known, jax.random.key(seed), number, **what)
 
 
 @jax.jit
@@ -400,7 +417,11 @@ def _fit_values(w: Windows, fit: Fit) -> tuple[np.ndarray, ...]:
 def _mean_values(w: Windows, posterior: Posterior) -> tuple[Any, ...]:
     """Values per target of a posterior, as `Solved` has them."""
     of_windows = posterior.converged, posterior.effective_sample_size, w.split
-    return posterior.std, posterior.interval, *(_each(w, a) for a in of_windows)
+    values = posterior.std, posterior.interval, *(_each(w, a) for a in of_windows)
+    if posterior.samples is None:
+        return values
+    place = np.pad(w.observation.origin, ((0, 0), (0, 1)))  # of the window in the frame
+    return *values, np.swapaxes(posterior.samples, 1, 2) + place[:, None, None]
 
 
 def _each(w: Windows, of_windows: Any) -> np.ndarray:

@@ -64,6 +64,11 @@ class Options:
         the device, whatever the number of frames. Another number changes the answers by
         rounding.
       return_maps: make, or keep, the maps of whole frames; None is returned without a network.
+      samples: answer with the posterior's samples; for the estimate `mean`.
+
+    Example:
+      >>> Options(threshold=50.0).readout
+      'peaks'
     """
 
     weights: Weights | str | Path | None = None
@@ -72,6 +77,7 @@ class Options:
     fit_psf: bool = False
     block: int | None = None
     return_maps: bool = False
+    samples: bool = False
 
 
 def bayes_reference(frames: Any, truth: Targets, known: Known, *, seed: int = 0) -> UnmixResult:
@@ -203,6 +209,7 @@ def unmix(
             estimate=estimate,
             estimate_noise=known.sensor.read_noise is None,
             greedy=greedy,
+            keep_samples=options.samples,
             seed=seed,
         )
     begun = "network" if by_network else "detection"

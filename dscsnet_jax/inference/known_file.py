@@ -184,9 +184,8 @@ def read(tree: dict[str, Any], folder: Path) -> tuple[Any, Sensor, ScenePrior]:
     _known_fields("the file", tree, ("version", "units", "psf", "sensor", "prior"))
     version = tree.get("version")
     require(version == VERSION, f"version must be {VERSION}, got {version!r}")
-    parts = {name: tree.get(name) or {} for name in ("psf", "sensor", "prior", "units")}
-    for name, part in parts.items():
-        require(isinstance(part, dict), f"{name} must be an object {{...}}, got {part!r}")
+    parts = {name: _object(name, tree.get(name)) for name in ("psf", "sensor", "prior", "units")}
+    intensity = _object("prior.intensity", parts["prior"].get("intensity"))
     _known_fields("sensor", parts["sensor"], SENSOR_UNITS)
     _known_fields("prior", parts["prior"], ("intensity", *PRIOR_UNITS))
     for name, unit in _units(parts, every=True):
@@ -201,7 +200,7 @@ def read(tree: dict[str, Any], folder: Path) -> tuple[Any, Sensor, ScenePrior]:
         parts["psf"]["array"] = decode(folder / array)[0]
     given = {k: v for k, v in parts["sensor"].items() if not (k == "excess_noise" and v is None)}
     prior = dict(parts["prior"])
-    prior["intensity"] = _made("prior.intensity", prior.get("intensity") or {})
+    prior["intensity"] = _made("prior.intensity", intensity)
     prior = {name: value for name, value in prior.items() if value is not None}
     return _made("psf", parts["psf"]), checked(Sensor(**given)), scene_prior(**prior)
 
@@ -249,6 +248,13 @@ def _units(tree: dict[str, Any], *, every: bool = False) -> Iterator[tuple[str, 
         for name, unit in units.items():
             if unit and (every or part.get(name) is not None):
                 yield f"{where}.{name}", unit
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    """A copy of an object's fields; none of null."""
+    value = {} if value is None else value
+    require(isinstance(value, dict), f"{name} must be an object {{...}}, got {value!r}")
+    return dict(value)
 
 
 def _known_fields(where: str, given: Any, known: Any) -> None:

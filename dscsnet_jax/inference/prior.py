@@ -35,6 +35,10 @@ class ScenePrior:
       log_free_share: (n,) see `log_free_share`; the last holds for larger counts.
       places: `joint`: all places that keep the separation are as likely; `sequential`:
         each target is placed, after the ones before, uniformly in what is free.
+
+    Example:
+      >>> ScenePrior().separation  # `scene_prior` makes and checks others
+      0.0
     """
 
     intensity: IntensityPrior | None = None

@@ -66,6 +66,7 @@ def sample(
     num_samples: int = NUM_SAMPLES,
     thinning: int = THINNING,
     width_slope: bool = False,
+    keep_samples: bool = False,
 ) -> Posterior:
     """Posterior mean, errors and intervals of the targets of each window.
 
@@ -83,6 +84,7 @@ def sample(
       num_samples: rounds that are kept, one sample each, of every chain.
       thinning: steps of a round, for each slot of a window.
       width_slope: compute `Posterior.width_slope`.
+      keep_samples: answer with `Posterior.samples`.
 
     Returns:
       A `Posterior`.
@@ -126,6 +128,7 @@ def sample(
         num_samples=num_samples,
         thinning=thinning,
         width_slope=width_slope,
+        keep_samples=keep_samples,
     )
 
     def piece(loop: _Loop) -> _Loop:
@@ -259,6 +262,7 @@ def turn(
     num_samples: int = NUM_SAMPLES,
     thinning: int = THINNING,
     width_slope: bool = False,
+    keep_samples: bool = False,
 ) -> tuple[Posterior, Chains]:
     """Rounds of steps of all chains, and what the kept samples tell.
 
@@ -275,6 +279,7 @@ def turn(
       num_samples: as of `sample`.
       thinning: as of `sample`.
       width_slope: as of `sample`.
+      keep_samples: as of `sample`.
 
     Returns:
       `Posterior`, and the chains to go on with.
@@ -402,7 +407,7 @@ def turn(
     seen = jax.tree.map(lambda a: to_lanes(a)[..., None, :], windows)
     of_windows = scene_model(seen, own_mask[:, None], known, softness=HARD, uniform=True)
     of_steps = rate.mean((0, 1)), slopes.mean((0, 1))
-    answer = summarise(flat.reshape(table.shape), of_windows, *of_steps)
+    answer = summarise(flat.reshape(table.shape), of_windows, *of_steps, keep_samples=keep_samples)
     chains = chains._replace(samples=from_lanes(samples))
     flat = flat.reshape(len(flat), -1, flat.shape[-1])
     flat = jnp.concatenate([flat, samples[:, -1].reshape(len(flat), 1, -1)], 1)

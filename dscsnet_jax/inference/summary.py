@@ -36,6 +36,8 @@ class Posterior:
       width_slope: (B,) derivative of the log evidence by the logarithm of the PSF's width,
         which is the posterior mean of that of the log likelihood (Fisher's identity); 0
         unless asked for.
+      samples: (B, S, K, 3) row, col and intensity of the targets, in the slots of the mean;
+        None unless asked for.
     """
 
     targets: Targets
@@ -46,6 +48,7 @@ class Posterior:
     acceptance: jax.Array
     converged: jax.Array
     width_slope: jax.Array
+    samples: jax.Array | None = None
 
     @property
     def settled(self) -> jax.Array:
@@ -128,7 +131,12 @@ def nothing(like: Posterior) -> Posterior:
 
 
 def summarise(
-    samples: jax.Array, model: SceneModel, acceptance: jax.Array, width_slope: jax.Array
+    samples: jax.Array,
+    model: SceneModel,
+    acceptance: jax.Array,
+    width_slope: jax.Array,
+    *,
+    keep_samples: bool = False,
 ) -> Posterior:
     """Moments, quantiles and convergence of samples.
 
@@ -137,25 +145,17 @@ def summarise(
       model: of the windows, (..., 1, L).
       acceptance: (L,) share of accepted steps.
       width_slope: (L,) see `Posterior`.
+      keep_samples: answer with them.
 
     Returns:
       A `Posterior`; windows come first.
     """
     mask = model.mask[:, 0].T
     intensity = model.intensity(jnp.moveaxis(samples[:, :, :, 2], 2, 0))
-    return _summary(samples, jnp.moveaxis(intensity, 0, 2), mask, acceptance, width_slope)
-
-
-def _summary(
-    samples: jax.Array,
-    intensity: jax.Array,
-    mask: jax.Array,
-    acceptance: jax.Array,
-    width_slope: jax.Array,
-) -> Posterior:
     used = mask.T[:, None]
     checked = convergence(samples)
-    samples = jnp.concatenate([samples[:, :, :, :2], intensity[:, :, :, None]], 3)
+    intensity = jnp.moveaxis(intensity, 0, 2)[:, :, :, None]
+    samples = jnp.concatenate([samples[:, :, :, :2], intensity], 3)
     samples = samples.reshape(-1, *samples.shape[2:])
     number, slots = samples.shape[:2]
     mean = samples.mean(0)
@@ -185,4 +185,5 @@ def _summary(
         acceptance=acceptance,
         converged=rhat < LARGEST_RHAT,
         width_slope=width_slope,
+        samples=jnp.moveaxis(samples, -1, 0) * present[:, None] if keep_samples else None,
     )

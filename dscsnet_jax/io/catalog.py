@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -239,13 +240,25 @@ def _read_csv(path: Path) -> Mapping[str, Sequence]:
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
 
-def _write_ecsv(path: Path, catalog: Catalog) -> None:
+def as_astropy(catalog: Catalog) -> Any:
+    """The catalog as an `astropy.table.Table` with units."""
     from astropy.table import Table
 
     table = Table({name: getattr(catalog, name) for name in COLUMNS})
     for name, unit in _UNITS.items():
         table[name].unit = unit
-    table.write(path, format="ascii.ecsv")
+    return table
+
+
+def as_arrow(catalog: Catalog) -> Any:
+    """The catalog as a `pyarrow.Table`."""
+    from pyarrow import table
+
+    return table({name: getattr(catalog, name) for name in COLUMNS})
+
+
+def _write_ecsv(path: Path, catalog: Catalog) -> None:
+    as_astropy(catalog).write(path, format="ascii.ecsv")
 
 
 def _read_ecsv(path: Path) -> Mapping[str, Sequence]:
@@ -256,9 +269,9 @@ def _read_ecsv(path: Path) -> Mapping[str, Sequence]:
 
 
 def _write_parquet(path: Path, catalog: Catalog) -> None:
-    from pyarrow import parquet, table
+    from pyarrow import parquet
 
-    parquet.write_table(table({name: getattr(catalog, name) for name in COLUMNS}), path)
+    parquet.write_table(as_arrow(catalog), path)
 
 
 def _read_parquet(path: Path) -> Mapping[str, Sequence]:

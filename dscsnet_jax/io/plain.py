@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from dscsnet_jax.io.outputs import replacing
 
 _INLINE = 64  # numbers
+_BROKEN = (KeyError, OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 def write_plain(path: str | Path, tree: dict[str, Any]) -> None:
@@ -103,11 +105,11 @@ def _array(told: dict[str, Any], path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{path}: {name} must be in a file beside it, got {told['file']!r}")
     beside = path.with_name(told["file"])
     try:
-        with np.load(beside, allow_pickle=False) as arrays:
+        with beside.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             array = arrays[told["name"]]
     except FileNotFoundError as error:
         raise ValueError(f"{path}: {name} is in {beside}, which is missing") from error
-    except (KeyError, OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path}: {name} cannot be read from {beside} ({error})") from error
     if _digest(array) != told["sha256"]:
         raise ValueError(f"{path}: {name} in {beside} is not what was written with this file")

@@ -175,6 +175,10 @@ def load_weights(path: str | Path) -> Weights:
       FileNotFoundError: if one of the two files is missing.
       ValueError: if the file is of another kind (pickles are refused), of a newer format,
         truncated or altered.
+
+    Example:
+      >>> load_weights(packaged_weights("csist_c3")).metadata.method
+      'dscsnet'
     """
     path, side = _pair(path)
     for file in (path, side):

@@ -31,6 +31,10 @@ class Sensor:
         the frames' type.
       quantised: counts are rounded to whole ones; None: where all of a frame's are whole.
       bad_pixels: (N, M) bool, pixels to be left out.
+
+    Example:
+      >>> Sensor(read_noise=2.0, gain=4.0).effective_gain
+      4.0
     """
 
     read_noise: Any = None

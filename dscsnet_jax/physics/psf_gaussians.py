@@ -112,6 +112,10 @@ class Moffat:
       fwhm: full width at half maximum, `2 a sqrt(2^(1 / beta) - 1)`, pixels.
       beta: power of the wings, above 1.
 
+    Example:
+      >>> round(float(Moffat(1.2, beta=2.5).width[0]), 2)
+      0.71
+
     References:
       A. F. J. Moffat, Astron. Astrophys. 3 (1969) 455.
     """

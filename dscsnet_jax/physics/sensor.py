@@ -60,6 +60,9 @@ def checked(sensor: Sensor, shape: tuple[int, int, int] | None = None) -> Sensor
             require(
                 bool(least <= array and not array >= most), f"{name} must be {unit}, got {value!r}"
             )
+    quantised = sensor.quantised
+    right = quantised is None or isinstance(quantised, bool)
+    require(right, f"quantised must be true, false or null, got {quantised!r}")
     if sensor.bad_pixels is not None:
         bad = np.asarray(sensor.bad_pixels)
         require(
@@ -118,16 +121,16 @@ def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"expected counts must be floating point, got {y.dtype}")
     if not _is_none(sensor.background):
-        y = y + jnp.asarray(sensor.background, y.dtype)
+        y = y + _of(sensor.background, y)
     if sensor.gain is not None:
         gain = jnp.asarray(sensor.gain, y.dtype)
         y = _multiplied(sensor, shot_key, jax.random.poisson(shot_key, y * gain).astype(y.dtype))
         y = y / gain
     if not _is_none(sensor.pedestal):
-        y = y + jnp.asarray(sensor.pedestal, y.dtype)
+        y = y + _of(sensor.pedestal, y)
     if not _is_none(sensor.read_noise):
         noise = jax.random.normal(read_key, y.shape, y.dtype)
-        y = y + jnp.asarray(sensor.read_noise, y.dtype) * noise
+        y = y + _of(sensor.read_noise, y) * noise
     if sensor.quantised:
         y = jnp.maximum(jnp.round(y), 0)
     return y if sensor.saturation is None else jnp.minimum(y, _of(sensor.saturation, y))
@@ -184,8 +187,9 @@ def _multiplied(sensor: Sensor, key: jax.Array, electrons: jax.Array) -> jax.Arr
 
 
 def _of(value: Any, like: jax.Array) -> jax.Array:
-    """A field in the type of `like`; 0 where it is not known."""
-    return jnp.asarray(0 if value is None else value, like.dtype)
+    """A field in the type of `like`, a map with as many axes; 0 where it is not known."""
+    array = jnp.asarray(0 if value is None else value, like.dtype)
+    return array.reshape(*(1,) * (like.ndim - array.ndim), *array.shape) if array.ndim else array
 
 
 def _is_none(value: Any, nothing: float = 0) -> bool:

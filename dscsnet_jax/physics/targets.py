@@ -22,6 +22,10 @@ class Targets:
       position: (B, K, 2) row, col in pixels; pixel centres on integers.
       intensity: (B, K) total energy, counts.
       mask: (B, K) bool, true where a target is present.
+
+    Example:
+      >>> from_lists([[(5.0, 4.5, 200.0)], []]).count.tolist()
+      [1, 0]
     """
 
     position: jax.Array

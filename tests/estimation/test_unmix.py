@@ -79,7 +79,7 @@ def assert_same(a: Any, b: Any, frames: Any = slice(None)) -> None:
 
 def everything(answer: UnmixResult) -> dict[str, Any]:
     fields = {f.name: getattr(answer, f.name) for f in dataclasses.fields(answer)}
-    return {**fields, "maps": None, "status": answer.status()}
+    return {**fields, "maps": None, "known": None, "status": answer.status()}
 
 
 # --- values ------------------------------------------------------------------------

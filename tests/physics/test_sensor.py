@@ -1,15 +1,23 @@
 """Sensor: what is recorded, in which order, and the moments of its noise."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dscsnet_jax.physics import sensor as sensors
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import digital
-from dscsnet_jax.physics.sensor import Sensor, expose, is_saturated, variance
+from dscsnet_jax.physics.sensor import (
+    Sensor,
+    checked,
+    expose,
+    is_saturated,
+    variance,
+)
 from dscsnet_jax.physics.targets import from_lists
 
 KEY = jax.random.key(7)
@@ -17,6 +25,7 @@ SAMPLES = 400_000
 # Tolerances are this many standard errors of the sampled moment: with a fixed key the
 # tests are deterministic, and a wrong formula is off by far more.
 DEVIATIONS = 4.0
+jit_expose = jax.jit(expose)
 
 
 def assert_moments(y: jax.Array, mean: float, var: float, fourth: float | None = None) -> None:
@@ -174,3 +183,95 @@ def test_dark_pixels_of_a_rendered_frame_hold_no_negative_electrons() -> None:
     sensor = Sensor(gain=1.0)
     assert float(expose(sensor, KEY, expected).min()) == 0.0
     assert float(variance(sensor, expected).min()) >= 0.0
+
+
+# --- the whole sensor ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.0])
+def test_multiplied_electrons_have_the_excess_noise(factor: float) -> None:
+    """Mean `mu`, variance `F mu / gain`; no count without an electron."""
+    gain, mu = 2.0, 20.0
+    sensor = Sensor(gain=gain, excess_noise=factor)
+    y = np.asarray(jit_expose(sensor, KEY, jnp.full((SAMPLES,), mu)), float)
+    expected = float(variance(sensor, jnp.float32(mu)))
+    assert expected == pytest.approx(factor * mu / gain)
+    # A Poisson sum of gamma distributed electrons X has the fourth cumulant mu / gain^3 E[X^4].
+    fourth = np.prod([1 + i * (factor - 1) for i in range(4)]) * mu / gain**3
+    assert_moments(y - mu, 0.0, expected, 3 * expected**2 + fourth)
+    faint = np.asarray(jit_expose(sensor, KEY, jnp.full((SAMPLES,), 0.05)))
+    assert np.mean(faint == 0) == pytest.approx(np.exp(-0.05 * gain), abs=4 * SAMPLES**-0.5)
+    assert (faint >= 0).all()
+
+
+def test_background_is_light_and_a_pedestal_is_none() -> None:
+    sensor = Sensor(gain=1.0, background=30.0, pedestal=100.0)
+    y = np.asarray(jit_expose(sensor, KEY, jnp.full((SAMPLES,), 20.0)), float)
+    assert_moments(y, 150.0, 50.0, 3 * 50.0**2 + 50)
+    assert float(variance(sensor, jnp.float32(20))) == 50
+    assert float(sensors.level(sensor, jnp.float32(0))) == 130
+
+
+def test_fields_may_be_maps() -> None:
+    noise = np.array([[0.0, 2.0], [4.0, 1.0]], np.float32)
+    sensor = Sensor(read_noise=noise, pedestal=10 * noise, background=noise, gain=1.0)
+    expected = jnp.full((SAMPLES // 4, 2, 2), 5.0)
+    y = np.asarray(jit_expose(sensor, KEY, expected), float)
+    spread = np.asarray(variance(sensor, expected))[0]
+    np.testing.assert_allclose(spread, noise**2 + noise + 5)
+    error = 4 * np.sqrt(spread / len(y))
+    assert (np.abs(y.mean(0) - 5 - 11 * noise) < error).all()
+    np.testing.assert_allclose(y.var(0), spread, rtol=0.1)
+
+
+def test_nothing_known_is_nothing_done() -> None:
+    expected = jnp.linspace(0, 1e6, 7)
+    np.testing.assert_array_equal(expose(Sensor(), KEY, expected), expected)
+    assert not np.asarray(is_saturated(Sensor(), expected)).any()
+    np.testing.assert_array_equal(variance(Sensor(), expected), np.zeros(7))
+
+
+SHAPE = (4, 9, 11)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (9, 11), SHAPE])
+def test_row21_maps_of_the_frames_are_right(shape: tuple[int, ...]) -> None:
+    value = np.ones(shape)
+    sensor = Sensor(read_noise=value, pedestal=-value, background=value)
+    assert checked(sensor, SHAPE) is sensor
+    assert checked(sensor) is sensor
+    if len(shape) > 1:  # pixels of an error plane may tell nothing
+        value[..., 0, 0] = np.nan
+        value[..., 0, 1] = np.inf
+        checked(Sensor(read_noise=value), SHAPE)
+
+
+@pytest.mark.parametrize("name", ["read_noise", "pedestal", "background", "bad_pixels"])
+@pytest.mark.parametrize("shape", [(11, 9), (9,), (3, 9, 11), (1, 4, 9, 11)])
+def test_row21_maps_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    value = np.ones(shape, bool if name == "bad_pixels" else float)
+    with pytest.raises(ValueError, match=name) as caught:
+        checked(Sensor(**{name: value}), SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"read_noise": np.full((9, 11), -1.0)},
+        {"pedestal": np.full((9, 11), np.nan)},
+        {"background": np.full((9, 11), np.inf)},
+        {"read_noise": np.array([1.0, np.nan, 1.0, 1.0])},
+        {"read_noise": "2"},
+        {"gain": np.ones(4)},
+        {"gain": np.inf},
+        {"excess_noise": 0.99},
+        {"saturation": np.nan},
+        {"quantised": 1},
+        {"bad_pixels": np.zeros((9, 11))},
+    ],
+)
+def test_row21_what_no_sensor_has_is_refused(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        checked(Sensor(**wrong), SHAPE)
