@@ -438,16 +438,16 @@ def _count_probability(counted: Counted, num_frames: int, max_targets: int) -> n
     total[:, 0] = 1
     for w, of_windows in counted:
         table = np.array(of_windows.log_evidence, float)
-        # Where every count was impossible, the one that was kept is certain.
-        never = np.flatnonzero(~np.isfinite(table.max(1)))
         mask = np.asarray(of_windows.fit.targets.mask)
-        table[never, mask[never].sum(1)] = 0
         # Guests are counted by their own windows.
-        guests = mask.sum(1) - windows.own(w, of_windows.fit.targets).sum(1)
-        column = np.arange(table.shape[1]) + guests[:, None]
+        kept = windows.own(w, of_windows.fit.targets).sum(1)
+        column = np.arange(table.shape[1]) + (mask.sum(1) - kept)[:, None]
         table = np.take_along_axis(
             np.pad(table, ((0, 0), (0, len(mask[0]))), constant_values=-np.inf), column, 1
         )
+        # Where every count was impossible, the one that was kept is certain.
+        never = np.flatnonzero(~np.isfinite(table.max(1)))
+        table[never, kept[never]] = 0
         share = np.exp(table - table.max(1, keepdims=True))
         share = share / share.sum(1, keepdims=True)
         order = np.argsort(w.frame, kind="stable")

@@ -100,7 +100,9 @@ def observe(
     told = None if sensor.read_noise is None else of_pixels(sensor.read_noise)
     if valid is None:
         valid = jnp.isfinite(frames)
-        valid = valid if sensor.bad_pixels is None else valid & ~jnp.asarray(sensor.bad_pixels)
+        valid = (
+            valid if sensor.bad_pixels is None else valid & ~jnp.asarray(sensor.bad_pixels)[None]
+        )
         valid = valid if told is None else valid & jnp.isfinite(told)
     valid = jnp.broadcast_to(valid, frames.shape)
     frames = jnp.where(valid, frames, 0)
@@ -110,10 +112,10 @@ def observe(
     well = of_pixels(jnp.inf if sensor.saturation is None else sensor.saturation)
     saturated = valid & (frames >= well)
     pedestal = of_pixels(0 if sensor.pedestal is None else sensor.pedestal)
-    above = (frames - pedestal).reshape(length, -1)
-    level, spread = jax.vmap(_clipped)(above, valid.reshape(length, -1))
-    level, spread = level[:, None, None], spread[:, None, None]
-    most = jnp.where(valid, jnp.abs(frames - pedestal - level), 0).max((-2, -1), keepdims=True)
+    above = frames - pedestal - of_pixels(0 if sensor.background is None else sensor.background)
+    measured = jax.vmap(_clipped)(above.reshape(length, -1), valid.reshape(length, -1))
+    level, spread = (a[:, None, None] for a in measured)
+    most = jnp.where(valid, jnp.abs(above - level), 0).max((-2, -1), keepdims=True)
     least = _LEAST_NOISE * most
     photons = level if sensor.background is None else of_pixels(sensor.background)
     gain = sensor.effective_gain

@@ -468,3 +468,87 @@ def test_no_value_or_derivative_passes_through_nan(frames: np.ndarray, x64: bool
             assert leaf.dtype in (bool, y.dtype)
             assert np.isfinite(leaf).all()
         assert (np.asarray(pixel_std(seen, told["gain"])) > 0).all()
+
+
+# --- maps --------------------------------------------------------------------------
+
+
+jit_whole = quick_jit(observe)
+
+
+def test_maps_of_one_number_are_that_number(frames: np.ndarray) -> None:
+    few = frames[:FEW]
+    numbers_told = Sensor(read_noise=NOISE, pedestal=7.0, background=LEVEL - 7, gain=2.0)
+    maps = Sensor(
+        read_noise=np.full((11, 11), NOISE, "f4"),
+        pedestal=np.full((FEW, 11, 11), 7, "f4"),
+        background=np.full((11, 11), LEVEL - 7, "f4"),
+        gain=2.0,
+    )
+    one, other = jit_whole(few, numbers_told), jit_whole(few, maps)
+    for name in PER_PIXEL:
+        assert getattr(other, name).shape == few.shape
+        np.testing.assert_array_equal(
+            np.broadcast_to(getattr(one, name), few.shape), getattr(other, name)
+        )
+    for name in ("counts", "valid", "saturated", "background_std"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_the_level_is_found_above_a_pedestal_that_is_a_map(frames: np.ndarray) -> None:
+    """A slope told as the pedestal is as if it were not there."""
+    slope = np.add.outer(np.linspace(-40, 40, 11), np.linspace(0, 90, 11)).astype("f4")
+    plain, sloped = jit_observe(frames), jit_whole(frames + slope, Sensor(pedestal=slope))
+    np.testing.assert_allclose(sloped.background[:, 0, 0], plain.background, atol=2e-4)
+    np.testing.assert_allclose(sloped.noise[:, 0, 0], plain.noise, rtol=1e-3)
+    np.testing.assert_allclose(sloped.background_std, plain.background_std, rtol=1e-3)
+    source = np.zeros_like(frames)
+    none = np.zeros(FRAMES, np.float32)
+    again = quick_jit(remeasured)(sloped, source, none)
+    expected = jit_remeasured(plain, source, none)
+    np.testing.assert_allclose(again.background[:, 0, 0], expected.background, atol=1e-3)
+    np.testing.assert_allclose(again.noise[:, 0, 0], expected.noise, rtol=1e-3)
+
+
+def test_noise_is_estimated_beneath_the_shot_noise_of_a_map() -> None:
+    rng = np.random.default_rng(5)
+    light = np.linspace(5, 60, 121).reshape(11, 11)
+    frames = np.float32(rng.poisson(light, (FRAMES, 11, 11)) + rng.normal(0, 6, (FRAMES, 11, 11)))
+    sensor = Sensor(background=np.float32(light), gain=1.0)
+    seen = jit_whole(frames, sensor)
+    again = quick_jit(remeasured)(seen, np.zeros_like(frames), np.zeros(FRAMES, np.float32), 1.0)
+    variance = np.asarray(again.noise, float)[:, 0, 0] ** 2
+    assert abs(variance.mean() - 36) < 4 * variance.std() / FRAMES**0.5 + 0.02 * 36
+    np.testing.assert_array_equal(again.background[0], np.float32(light))
+    assert not np.asarray(again.background_std).any()
+
+
+def test_bad_pixels_and_those_without_an_error_are_left_out(frames: np.ndarray) -> None:
+    few = frames[:FEW].copy()
+    bad = np.zeros((11, 11), bool)
+    bad[3, 4] = True
+    plane = np.full(few.shape, NOISE, "f4")
+    plane[2, 0, 0], plane[5, 1, 1] = np.nan, np.inf
+    few[:, 3, 4] = np.nan
+    seen = jit_whole(few, Sensor(read_noise=plane, background=LEVEL, bad_pixels=bad))
+    expected = np.broadcast_to(~bad, few.shape).copy()
+    expected[2, 0, 0] = expected[5, 1, 1] = False
+    np.testing.assert_array_equal(seen.valid, expected)
+    assert np.isfinite(seen.noise).all()
+    assert (np.asarray(seen.noise) > 0).all()
+
+
+def test_the_excess_noise_is_more_shot_noise(frames: np.ndarray) -> None:
+    few = frames[:FEW]
+    one, other = (
+        jit_observe(few, Sensor(gain=gain, excess_noise=factor))
+        for gain, factor in ((10.0, 1.0), (20.0, 2.0))
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_what_is_told_of_rounding_is_believed(digital: np.ndarray, quantised: bool) -> None:
+    seen = jit_observe(digital, Sensor(read_noise=2.0, quantised=quantised))
+    np.testing.assert_allclose(seen.noise, np.sqrt(4 + quantised / 12), rtol=1e-6)
