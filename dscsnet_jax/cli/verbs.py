@@ -125,6 +125,7 @@ def known(parser: argparse.ArgumentParser) -> None:
 
 def info(parser: argparse.ArgumentParser) -> None:
     """Nothing to say."""
+    parser.epilog = options.examples("dscsnet info")
 
 
 def import_weights(parser: argparse.ArgumentParser) -> None:

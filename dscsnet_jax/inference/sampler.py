@@ -194,7 +194,7 @@ class _State(NamedTuple):
     covariance: jax.Array
 
 
-def _streams(key: jax.Array, windows: Observation) -> jax.Array:
+def streams(key: jax.Array, windows: Observation) -> jax.Array:
     """The key of each window (B,): folded with a hash of its recorded pixels."""
     return jax.vmap(partial(_stream, key))(windows)
 
@@ -218,7 +218,7 @@ def begin(
     num_samples: int = NUM_SAMPLES,
 ) -> Chains:
     """Chains spread around the start as far as the fit is uncertain. Arguments as of `sample`."""
-    keys = _streams(key, windows)
+    keys = streams(key, windows)
     seen, targets = to_lanes((windows, start))
     model = scene_model(seen, targets.mask, known, softness=HARD, uniform=True)
     fitted = model.pack(targets)
@@ -284,7 +284,7 @@ def turn(
     Returns:
       `Posterior`, and the chains to go on with.
     """
-    shared, keys = jax.random.fold_in(key, 1), _streams(key, windows)
+    shared, keys = jax.random.fold_in(key, 1), streams(key, windows)
     times = jnp.asarray(_TIMES, jnp.int32)[number]
     num_windows, num_chains, size = chains.theta.shape
     thinning *= start.mask.shape[1]  # a walk's samples are alike for as long as it has parameters

@@ -134,21 +134,15 @@ class SceneModel:
         """(...,) log of the number of squares on whole pixels that hold all targets."""
         if self.known.prior.cluster_offset is None:
             return jnp.zeros_like(theta[-1])
-        return sum_of(jnp.log(self._square(place).number) for place in parts_of(theta)[:2])
+        return sum_of(jnp.log(self.square(place).number) for place in parts_of(theta)[:2])
 
     def log_places(self, theta: jax.Array) -> jax.Array:
         """(...,) log of the places' density against that of joint draws without a separation."""
         prior = self.known.prior
         row, col, *_ = parts_of(theta)
-        number = self.mask.sum(0)
-        if prior.cluster_size is None:
-            area = self._area()
-            share = jnp.minimum(np.pi * prior.separation**2 / area, 0.5)
-            return -(number * (number - 1) // 2) * jnp.log1p(-share)
-        if prior.places == "joint":
-            table = jnp.stack([jnp.asarray(s, row.dtype) for s in prior.log_free_share])
-            return -table[jnp.minimum(number, len(prior.log_free_share) - 1)]
-        rows, cols = (self._square(place).nodes for place in (row, col))
+        if prior.cluster_size is None or prior.places == "joint":
+            return -self.log_free_share()
+        rows, cols = (self.square(place).nodes for place in (row, col))
         size = prior.cluster_size
         in_square = [
             log_sequential((row - r) / size, (col - c) / size, self.mask, prior.separation / size)
@@ -156,6 +150,15 @@ class SceneModel:
             for c in cols
         ]
         return jax.nn.logsumexp(jnp.stack(in_square), axis=0) - float(np.log(len(in_square)))
+
+    def log_free_share(self) -> jax.Array:
+        """(...,) log probability that joint draws of all targets keep the separation."""
+        prior, number = self.known.prior, self.mask.sum(0)
+        if prior.cluster_size is None:
+            share = jnp.minimum(np.pi * prior.separation**2 / self._area(), 0.5)
+            return (number * (number - 1) // 2) * jnp.log1p(-share)
+        table = jnp.stack([jnp.asarray(s, self.scale.dtype) for s in prior.log_free_share])
+        return table[jnp.minimum(number, len(prior.log_free_share) - 1)]
 
     def log_normalisation(self, theta: jax.Array) -> jax.Array:
         """(...,) what is to be added to `log_prior`: its density is then that of unordered targets.
@@ -279,7 +282,7 @@ class SceneModel:
             outside = jnp.maximum(-0.5 - MARGIN - place, place - last)
             border.append(self._wall(outside, mask))
             if prior.cluster_offset is not None:
-                begin = jax.lax.stop_gradient(self._square(place).begin)
+                begin = jax.lax.stop_gradient(self.square(place).begin)
                 outside = jnp.maximum(begin - place, place - (begin + prior.cluster_size))
                 square.append(self._wall(outside, mask))
         rows = [theta_of(border[0], border[1], jnp.where(mask, off, 0), t)]
@@ -293,7 +296,7 @@ class SceneModel:
 
     def _room_rows(self, theta: jax.Array) -> jax.Array:
         """(2, ...) residuals of squares of unknown place that hold not all targets."""
-        room = jnp.stack([self._square(place).room for place in parts_of(theta)[:2]])
+        room = jnp.stack([self.square(place).room for place in parts_of(theta)[:2]])
         return self._wall(self.softness - room, jnp.array(True))
 
     def _wall(self, excess: jax.Array, there: jax.Array) -> jax.Array:
@@ -305,10 +308,11 @@ class SceneModel:
         if prior.cluster_size is None or prior.cluster_offset is not None:
             return None
         row, col, *_ = parts_of(theta)
-        room = jnp.stack([self._square(place).room for place in (row, col)])
+        room = jnp.stack([self.square(place).room for place in (row, col)])
         return jnp.where(self.mask.any(0), jnp.maximum(room, self.softness), 1)
 
-    def _square(self, place: jax.Array) -> Square:
+    def square(self, place: jax.Array) -> Square:
+        """The square that holds the cluster, along one axis."""
         prior = self.known.prior
         return Square(place, self.mask, prior.cluster_size, prior.cluster_offset)
 

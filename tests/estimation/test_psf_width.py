@@ -14,6 +14,7 @@ from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import preset_prior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
 
@@ -25,7 +26,7 @@ TRUE = np.array([0.47, 0.53], np.float32)
 KNOWN = Known(psf=Gaussian(TRUE), prior=preset_prior(NOISY))
 
 jit_simulate = jax.jit(scene.simulate, static_argnums=0)
-jit_observe = jax.jit(partial(observe, noise=NOISE, background=0.0))
+jit_observe = jax.jit(partial(observe, sensor=Sensor(read_noise=NOISE, background=0.0)))
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ FRAMES, SLOTS = 32, 8
 OPTICS: dict[str, Any] = {"frame_size": 11, "psf": 0.5}
 
 jit_simulate = jax.jit(scene.simulate, static_argnums=0)
-jit_observe = jax.jit(partial(observe, saturation=255.0))
+jit_observe = jax.jit(observe)
 jit_render = jax.jit(partial(render, **OPTICS))
 
 
@@ -45,7 +45,9 @@ def noisy() -> tuple[Targets, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def seen(noisy: tuple[Targets, np.ndarray]) -> Observation:
-    told = jit_observe(noisy[1], Sensor(read_noise=NOISE, pedestal=LEVEL, background=0.0))
+    told = jit_observe(
+        noisy[1], Sensor(read_noise=NOISE, pedestal=LEVEL, background=0.0, saturation=255.0)
+    )
     return jax.tree.map(np.asarray, told)
 
 
@@ -194,7 +196,9 @@ def test_noise_is_measured_where_no_target_is_left() -> None:
         scene.get_preset("csist_noise", read_noise=2.0),
         scene.frame_keys(2, "val", np.arange(FRAMES)),
     )
-    observation = jax.tree.map(np.asarray, jit_observe(made.frames, Sensor(pedestal=4.0)))
+    observation = jax.tree.map(
+        np.asarray, jit_observe(made.frames, Sensor(pedestal=4.0, saturation=255.0))
+    )
     answer = solve(
         observation,
         flat(made.targets),
@@ -271,7 +275,7 @@ def test_what_the_start_missed_is_found_in_any_number() -> None:
     clean = np.asarray(jit_render(truth))
     frames = (clean + np.random.default_rng(5).normal(size=clean.shape)).astype("f4")
     observation = jax.tree.map(
-        np.asarray, jit_observe(frames, Sensor(read_noise=1.0, background=0.0))
+        np.asarray, jit_observe(frames, Sensor(read_noise=1.0, background=0.0, saturation=255.0))
     )
     known = dataclasses.replace(KNOWN, prior=ScenePrior())
     nothing = flat(from_lists([[]] * 4, SLOTS))

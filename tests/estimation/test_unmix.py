@@ -132,7 +132,7 @@ def test_the_mean_of_unknown_counts_is_near_that_of_known_ones(
 def test_targets_are_found_where_they_are_without_a_prior(method: str) -> None:
     """With nothing known but the PSF: a target alone, a pair, and two far apart."""
     tables = [[(5.0, 4.0, 235.0)], PAIR, [(2.5, 2.2, 150.0), (8.1, 7.7, 250.0)], []]
-    frames = frames_of(tables, read_noise=1.0)
+    frames = frames_of(tables, noise=1.0)
     answer = in_map(frames, method=method)
     assert answer.targets.count.tolist() == [len(t) for t in tables] + [0] * 4
     for i, table in enumerate(tables[:3]):
@@ -275,7 +275,7 @@ def test_rows2_and_3_constant_frames_have_no_targets(method: str) -> None:
 
 def test_row4_a_saturated_core_tells_a_lower_limit() -> None:
     tables = [[(5.2, 4.9, 1500.0)], [(5.2, 4.9, 240.0)]]
-    frames = np.minimum(np.round(frames_of(tables, read_noise=1.0)), 255)
+    frames = np.minimum(np.round(frames_of(tables, noise=1.0)), 255)
     assert (frames[0] == 255).sum() >= 2
     answer = in_map(frames, saturation=255.0, read_noise=1.0, background=0.0)
     assert answer.targets.count.tolist()[:2] == [1, 1]
@@ -308,7 +308,7 @@ def test_rows6_7_9_shapes_and_types_give_one_answer(csist: tuple[Targets, np.nda
 
 
 def test_row6_one_frame_is_a_batch_of_one() -> None:
-    frames = frames_of([PAIR, [(3.0, 3.0, 200.0)]], read_noise=1.0)
+    frames = frames_of([PAIR, [(3.0, 3.0, 200.0)]], noise=1.0)
     whole, one = in_map(frames, method="greedy"), in_map(frames[0], method="greedy")
     assert one.targets.mask.shape == (1, 16)
     assert_same(one.targets, jax.tree.map(lambda a: a[:1], whole.targets))
@@ -321,7 +321,7 @@ def test_row8_other_kinds_of_numbers_are_refused(kind: type) -> None:
 
 
 def test_row10_answers_scale_with_the_frame() -> None:
-    frames = frames_of([PAIR, [(5.0, 4.0, 235.0)], []], read_noise=2.0)
+    frames = frames_of([PAIR, [(5.0, 4.0, 235.0)], []], noise=2.0)
     expected = in_map(frames)
     assert expected.targets.count.tolist() == [2, 1] + [0] * 6
     for scale in (1e-6, 1e-3, 1e3, 1e6):
@@ -339,9 +339,7 @@ def test_row10_answers_scale_with_the_frame() -> None:
 
 
 def test_row11_near_edge() -> None:
-    frames = frames_of(
-        [[(0.2, 5.0, 235.0)], [(5.0, 5.0, 235.0)], [(10.4, 10.3, 235.0)]], read_noise=0.3
-    )
+    frames = frames_of([[(0.2, 5.0, 235.0)], [(5.0, 5.0, 235.0)], [(10.4, 10.3, 235.0)]], noise=0.3)
     answer = in_map(frames, read_noise=0.3, background=0.0)
     assert answer.targets.count.tolist()[:3] == [1, 1, 1]
     assert answer.near_edge[:3, 0].tolist() == [True, False, True]
@@ -351,9 +349,7 @@ def test_row11_near_edge() -> None:
 
 
 def test_row12_truncated_is_flagged() -> None:
-    frames = frames_of(
-        [[(3.0, 3.0, 150.0), (8.0, 8.0, 250.0)], [(5.0, 5.0, 200.0)]], read_noise=1.0
-    )
+    frames = frames_of([[(3.0, 3.0, 150.0), (8.0, 8.0, 250.0)], [(5.0, 5.0, 200.0)]], noise=1.0)
     for method in ("dscsnet", "greedy", "grid"):
         answer = in_map(frames, method=method, max_targets=1, read_noise=1.0, background=0.0)
         # The map alone has a second, faint peak beside the single target, too.
@@ -365,7 +361,7 @@ def test_row12_truncated_is_flagged() -> None:
 
 
 def test_row13_coincident_targets_are_one() -> None:
-    coincident = frames_of([[(5.1, 5.2, 100.0), (5.1, 5.2, 150.0)]] * 4, read_noise=1.0)
+    coincident = frames_of([[(5.1, 5.2, 100.0), (5.1, 5.2, 150.0)]] * 4, noise=1.0)
     answer = in_map(coincident, read_noise=1.0, background=0.0)
     assert answer.targets.count.tolist() == [1] * 4 + [0] * 4
     np.testing.assert_allclose(answer.targets.intensity[:4, 0], 250, atol=10)
@@ -416,7 +412,7 @@ def test_no_frames_give_no_targets() -> None:
 
 def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fit is stopped before its first step."""
-    frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], read_noise=1.0)
+    frames = frames_of([[(5.0, 4.0, 235.0)], [(3.2, 6.1, 150.0)]], noise=1.0)
 
     @partial(jax.jit, static_argnames="only_add")
     def stopped(given: tuple, known: Any, compare: Any, *, only_add: bool) -> Any:

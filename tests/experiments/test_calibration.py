@@ -1,5 +1,7 @@
 """Calibration: intervals are as often right as they say, for each prior and sensor."""
 
+import dataclasses
+
 import calibration
 import pytest
 
@@ -21,7 +23,9 @@ def test_the_truth_is_as_often_within_an_interval_as_it_says(prior: str, sensor:
 def test_error_bars_that_are_too_small_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     observe = calibration.observe
     monkeypatch.setattr(
-        calibration, "observe", lambda frames, *, noise, **told: observe(frames, noise=1.0, **told)
+        calibration,
+        "observe",
+        lambda frames, sensor: observe(frames, dataclasses.replace(sensor, read_noise=1.0)),
     )
     found = calibration.calibrate("cluster", "gaussian", NUM, seed=1)
     assert max(found[name] for name in ("row", "col")) < LEAST, found

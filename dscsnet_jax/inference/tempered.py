@@ -1,0 +1,402 @@
+"""Tempered: the posterior of windows from draws of the prior, and its evidence.
+
+Sequential Monte Carlo: particles drawn from the prior see the likelihood to a power that grows
+from 0 to 1, in steps that keep half of their effective number,
+
+    p_j(theta) ~ p(theta) L(theta)^beta_j,   Z = prod_j mean_i L(theta_i)^(beta_j+1 - beta_j)
+
+and after each step they are resampled and moved. It needs no start and finds all modes: an honest
+reference, slower by far than a fit with chains around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
+from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.sampler import streams
+from dscsnet_jax.inference.scene_model import HARD, SceneModel, scene_model
+from dscsnet_jax.inference.summary import Posterior, sorted_out, summarise
+from dscsnet_jax.inference.theta import parts_of, theta_of
+
+NUM_PARTICLES = 512
+NUM_MOVES = 48
+"""Moves of half of the particles after each step."""
+
+_EFFECTIVE = 0.5  # of the particles, that a step keeps
+_MOST_STEPS = 200
+_LAST_STEPS = 4  # of moves alone, at the end
+_TRIES = 24  # of places for a first target that keeps its distance
+_ACCEPTANCE = 0.25
+_CHAINS = 4  # groups of particles by which a summary tells how well they agree
+_BISECTIONS = 30
+
+
+class Tempered(NamedTuple):
+    """What particles tell of B windows.
+
+    Attributes:
+      posterior: means, errors and intervals; its samples are the particles.
+      log_evidence: (B,) of the pixels given the number of targets, natural logarithms without
+        `-1/2 log(2 pi)` of each pixel.
+      log_likelihood: (B,) its posterior mean; over many windows that of the true scenes.
+      num_steps: (B,) steps from the prior to the posterior.
+    """
+
+    posterior: Posterior
+    log_evidence: jax.Array
+    log_likelihood: jax.Array
+    num_steps: jax.Array
+
+
+class _State(NamedTuple):
+    """Particles of L windows: places (D, P, L), their log likelihood and prior (P, L).
+
+    And of the windows (L,): power, log evidence so far, logarithm of the length of moves, steps
+    that are left at the end, and those done; `number` is that of steps of all.
+    """
+
+    theta: jax.Array
+    like: jax.Array
+    prior: jax.Array
+    beta: jax.Array
+    log_z: jax.Array
+    log_length: jax.Array
+    left: jax.Array
+    steps: jax.Array
+    number: jax.Array
+
+
+@lanes_last
+def tempered(
+    windows: Observation,
+    mask: jax.Array,
+    known: Known,
+    key: jax.Array,
+    *,
+    num_particles: int = NUM_PARTICLES,
+    num_moves: int = NUM_MOVES,
+) -> Tempered:
+    """Posterior and evidence of windows with so many targets, from draws of the prior.
+
+    A window's answer does not depend on its neighbours in the batch.
+
+    Args:
+      windows: `Observation` of (B, N, M).
+      mask: (B, K) bool, the targets there are.
+      known: PSF, sensor's gain and scene prior.
+      key: PRNG key; each window's stream also depends on its recorded pixels.
+      num_particles: of each window, a multiple of 8.
+      num_moves: of half of the particles, after each step.
+
+    Returns:
+      `Tempered`.
+
+    Raises:
+      ValueError: for another number of particles.
+
+    Example:
+      >>> import dscsnet_jax as dj
+      >>> y = dj.render(dj.from_lists([[(3.0, 2.7, 200.0)]]), frame_size=7, psf=0.5)
+      >>> windows = dj.observe(y, dj.Sensor(read_noise=2.0, background=0.0))
+      >>> known = Known(dj.Gaussian(0.5), prior=dj.scene_prior(intensity=(150.0, 250.0)))
+      >>> found = jax.jit(tempered)(windows, jnp.ones((1, 1), bool), known, jax.random.key(0))
+      >>> found.posterior.targets.position[0, 0].round(1).tolist()
+      [3.0, 2.7]
+
+    References:
+      P. Del Moral, A. Doucet, A. Jasra, J. R. Stat. Soc. B 68 (2006) 411;
+      C. J. F. ter Braak, Stat. Comput. 16 (2006) 239 (differential evolution).
+    """
+    if num_particles % 8 or num_particles < 8:
+        raise ValueError(f"num_particles must be a multiple of 8, got {num_particles}")
+    keys = streams(key, windows)
+    seen, present = jax.tree.map(lambda a: to_lanes(a)[..., None, :], (windows, mask))
+    model = scene_model(seen, present, known, softness=HARD, uniform=True)
+    draws = partial(_draws, keys, dtype=seen.counts.dtype)
+    theta = _from_prior(model, draws, num_particles)
+    like, prior = _densities(model, theta)
+    zero = jnp.zeros(like.shape[-1], like.dtype)
+    whole = jnp.zeros(zero.shape, jnp.int32)
+    first = jnp.zeros((), jnp.int32)
+    state = _State(theta, like, prior, zero, zero, zero, whole + _LAST_STEPS, whole, first)
+    move = partial(_move, model=model, draws=draws)
+
+    def step(state: _State) -> _State:
+        active = state.left > 0
+        number = state.number + 1
+        beta = _next_power(state.like, state.beta)
+        # Particles beyond the prior's limits carry no weight.
+        weight = jnp.where(state.prior > -jnp.inf, (beta - state.beta) * state.like, -jnp.inf)
+        log_mean = jax.nn.logsumexp(weight, axis=0) - jnp.log(num_particles)
+        index = _resampled(weight, draws(number, 0, (1,))[0])
+        theta = jnp.take_along_axis(state.theta, index[None], 1)
+        like, prior = (jnp.take_along_axis(a, index, 0) for a in (state.like, state.prior))
+        new = state._replace(theta=theta, like=like, prior=prior, beta=beta)
+        new = jax.lax.fori_loop(0, num_moves, lambda i, s: move(s, number=number, index=i), new)
+        new = new._replace(
+            log_z=state.log_z + log_mean,
+            left=state.left - (beta >= 1),
+            steps=state.steps + 1,
+        )
+        kept = jax.tree.map(lambda a, b: jnp.where(active, a, b) if a.ndim else a, new, state)
+        return kept._replace(number=number)  # of all: what is drawn goes by it
+
+    def going(state: _State) -> jax.Array:
+        return (state.left > 0).any() & (state.number < _MOST_STEPS)
+
+    state = jax.lax.while_loop(going, step, state)
+    return _described(state, model, draws)
+
+
+def _draws(
+    keys: jax.Array, number: Any, index: Any, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """Uniform numbers (*shape, L) of each window's own stream."""
+
+    def one(key: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, number), index)
+        return jax.random.uniform(own, shape, dtype)
+
+    return jnp.moveaxis(jax.vmap(one)(keys), 0, -1)
+
+
+def _densities(model: SceneModel, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log likelihood and log prior (P, L) of places; of joint draws that keep their distance."""
+    return model.log_likelihood(theta), model.log_prior(theta) + model.log_squares(theta)
+
+
+def _from_prior(model: SceneModel, draws: Callable[..., jax.Array], number: int) -> jax.Array:
+    """Particles (D, P, L) drawn from the prior, places jointly."""
+    prior, mask = model.known.prior, model.mask
+    slots = mask.shape[0]
+    rows, cols = model.seen.counts.shape[:2]
+    u = draws(0, 1, (3, number))
+    if prior.cluster_size is None:
+        low = jnp.full((2, *u.shape[1:]), -0.5, u.dtype)
+        size = jnp.asarray([rows, cols], u.dtype).reshape(2, 1, 1)
+    else:
+        size = jnp.broadcast_to(jnp.asarray(prior.cluster_size, u.dtype), (2, 1, 1))
+        shape = jnp.asarray([rows, cols], u.dtype).reshape(2, 1, 1)
+        low = shape * u[:2] - 0.5 - size / 2
+        if prior.cluster_offset is not None:
+            low = jnp.floor(shape * u[:2]) + prior.cluster_offset
+    tries = draws(0, 2, (_TRIES, 2, slots, number))
+    place = low[None, :, None] + size[None, :, None] * tries
+    apart = ((place[:, :, :, None] - place[:, :, None]) ** 2).sum(1)
+    both = mask[:, None] & mask[None] & ~jnp.eye(slots, dtype=bool)[..., None, None]
+    fine = ((apart >= prior.separation**2) | ~both[None]).all((1, 2))
+    first = jnp.argmax(fine, 0)
+    place = jnp.take_along_axis(place, first[None, None, None], 0)[0]
+    v = draws(0, 3, (slots, number))
+    row, col, v = (jnp.where(mask, a, 0) for a in (place[0], place[1], v))
+    normal = jax.scipy.special.ndtri(jnp.clip(u[2], 1e-6, 1 - 1e-6))
+    return _sorted(theta_of(row, col, v, normal), mask)[0]
+
+
+def _next_power(like: jax.Array, beta: jax.Array) -> jax.Array:
+    """(L,) largest power, up to 1, whose weights keep half of the effective number."""
+    best = like.max(0)
+
+    def keeps(power: jax.Array) -> jax.Array:
+        weight = jnp.exp((power - beta) * (like - best))
+        return weight.sum(0) ** 2 >= _EFFECTIVE * len(like) * (weight**2).sum(0)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        # In the logarithm of what is added: first steps are a millionth of the last.
+        middle = jnp.sqrt(low * high)
+        fine = keeps(beta + middle)
+        return jnp.where(fine, middle, low), jnp.where(fine, high, middle)
+
+    ends = jnp.full_like(beta, 1e-9), 1 - beta
+    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, ends)
+    return jnp.where(keeps(jnp.ones_like(beta)), 1.0, jnp.minimum(beta + low, 1))
+
+
+def _resampled(weight: jax.Array, u: jax.Array) -> jax.Array:
+    """(P, L) particles to go on with, by systematic resampling of log weights."""
+    share = jax.nn.softmax(weight, axis=0)
+    below = jnp.cumsum(share, 0)
+    number = len(weight)
+    at = (jnp.arange(number, dtype=u.dtype)[:, None] + u[None]) / number * below[-1:]
+    index = jax.vmap(partial(jnp.searchsorted, side="right"), (1, 1), 1)(below, at)
+    return jnp.minimum(index, number - 1)
+
+
+def _sorted(theta: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Targets in the order of their rows, and (P, L) whether they were so.
+
+    Targets can be numbered at will; in one order particles tell each other where to step.
+    """
+    slots = mask.shape[0]
+    table = theta[:-1].reshape(slots, 3, *theta.shape[1:])
+    key = jnp.where(mask, table[:, 0], jnp.inf)
+    order = jnp.argsort(key, axis=0, stable=True)
+    fine = (order == jnp.arange(slots).reshape(-1, 1, 1)).all(0)
+    table = jnp.take_along_axis(table, order[:, None], 0)
+    return jnp.concatenate([table.reshape(-1, *theta.shape[1:]), theta[-1:]]), fine
+
+
+def _move(
+    state: _State,
+    *,
+    model: SceneModel,
+    draws: Callable[..., jax.Array],
+    number: jax.Array,
+    index: jax.Array,
+) -> _State:
+    """A move of half of the particles, which the others tell how far to step."""
+    half = state.like.shape[0] // 2
+    own, others = state.theta[:, :half], state.theta[:, half:]
+    u = draws(number, 4 + index, (6, half))
+    kinds = (_along_all, _along_some, _along_one, _redrawn, _along_some, _shifted, _rotated)
+    kinds = tuple(partial(kind, own, others, u, state, model) for kind in kinds)
+    proposed, ordered = jax.lax.switch(index % len(kinds), kinds)
+    proposed, fine = _sorted(proposed, model.mask)
+    like, prior = _densities(model, proposed)
+    like = jnp.where(jnp.isfinite(like), like, -jnp.inf)
+    gain = state.beta * (like - state.like[:half]) + prior - state.prior[:half]
+    gain = jnp.where(prior > -jnp.inf, gain, -jnp.inf)
+    accepted = (jnp.log(u[-1]) < gain) & (fine | ~ordered)
+
+    def joined(new: jax.Array, old: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
+        return jnp.concatenate([rest, jnp.where(accepted, new, old)], axis)
+
+    rate = accepted.mean(0, dtype=like.dtype)
+    learned = jnp.where(index % len(kinds) < 3, 0.5 * (rate - _ACCEPTANCE), 0)
+    return state._replace(
+        theta=joined(proposed, own, others, 1),
+        like=joined(like, state.like[:half], state.like[half:], 0),
+        prior=joined(prior, state.prior[:half], state.prior[half:], 0),
+        log_length=jnp.clip(state.log_length + learned, -4, 1),
+    )
+
+
+_Proposal = tuple[jax.Array, jax.Array]
+
+
+def _difference(others: jax.Array, u: jax.Array) -> jax.Array:
+    """Differences (D, P/2, L) of two of the other particles."""
+    number = others.shape[1]
+    at = jnp.minimum((u[:2] * number).astype(jnp.int32), number - 1)
+    one, other = (jnp.take_along_axis(others, i[None], 1) for i in at)
+    return one - other
+
+
+def _chosen(u: jax.Array, mask: jax.Array) -> jax.Array:
+    """(K, P/2, L) bool: one of the targets that are there."""
+    number = mask.sum(0)
+    rank = jnp.cumsum(mask, 0) - 1
+    return mask & (rank == jnp.minimum((u * number).astype(jnp.int32), number - 1))
+
+
+def _along(
+    own: jax.Array, others: jax.Array, u: jax.Array, state: _State, some: jax.Array
+) -> _Proposal:
+    """Steps along the difference of two others, of some parameters (D, P/2, L)."""
+    dimension = jnp.maximum(some.sum(0), 1).astype(own.dtype)
+    length = 2.38 / jnp.sqrt(2 * dimension) * jnp.exp(state.log_length)
+    step = _difference(others, u) * jnp.where(some, length, 0)
+    # A little of each direction besides, which the others may all lack.
+    jitter = 1 + 0.1 * (u[2] - 0.5)
+    return own + step * jitter, jnp.ones((), bool)
+
+
+def _along_all(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+    return _along(own, others, u, state, jnp.ones(own.shape, bool))
+
+
+def _along_some(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+    """Of two targets and the level."""
+    both = _chosen(u[3], model.mask) | _chosen(u[4], model.mask)
+    return _along(own, others, u, state, _of_targets(both, level=True))
+
+
+def _along_one(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+    return _along(own, others, u, state, _of_targets(_chosen(u[3], model.mask), level=False))
+
+
+def _of_targets(some: jax.Array, *, level: bool) -> jax.Array:
+    """(D, P/2, L) the parameters of some targets (K, P/2, L)."""
+    table = jnp.repeat(some, 3, 0)
+    return jnp.concatenate([table, jnp.full((1, *some.shape[1:]), level)])
+
+
+def _redrawn(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+    """One target anywhere in its square, of any intensity."""
+    prior = model.known.prior
+    row, col, v, t = parts_of(own)
+    one = _chosen(u[3], model.mask)
+    rows, cols = model.seen.counts.shape[:2]
+    if prior.cluster_size is None:
+        new = rows * u[0] - 0.5, cols * u[1] - 0.5
+    elif prior.cluster_offset is None:
+        anchor = _chosen(u[4], model.mask)
+        middle = (jnp.where(anchor, place, 0).sum(0) for place in (row, col))
+        new = tuple(m + prior.cluster_size * (2 * x - 1) for m, x in zip(middle, u, strict=False))
+    else:
+        new = tuple(
+            model.square(place).begin + prior.cluster_size * x
+            for place, x in zip((row, col), u, strict=False)
+        )
+    row, col = (jnp.where(one, a, place) for a, place in zip(new, (row, col), strict=True))
+    return theta_of(row, col, jnp.where(one, u[2], v), t), jnp.zeros((), bool)
+
+
+def _shifted(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+    """All targets a pixel further along an axis."""
+    row, col, v, t = parts_of(own)
+    way = jnp.where(u[0] < 0.5, -1, 1).astype(own.dtype)
+    along = u[1] < 0.5
+    row = jnp.where(model.mask, row + jnp.where(along, way, 0), row)
+    col = jnp.where(model.mask, col + jnp.where(along, 0, way), col)
+    return theta_of(row, col, v, t), jnp.zeros((), bool)
+
+
+def _rotated(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+    """The targets rotated by any angle about the centre of their light, or mirrored through it.
+
+    The centre stays, so that the volume does.
+    """
+    row, col, v, t = parts_of(own)
+    light = jnp.where(model.mask, model.intensity(v), 0)
+    total = light.sum(0)
+    share = light / jnp.where(total > 0, total, 1)
+    middle = [(share * place).sum(0) for place in (row, col)]
+    angle = 2 * jnp.pi * u[0]
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    a, b = row - middle[0], col - middle[1]
+    b = jnp.where(u[1] < 0.5, -b, b)
+    new = middle[0] + cosine * a - sine * b, middle[1] + sine * a + cosine * b
+    row, col = (jnp.where(model.mask, x, y) for x, y in zip(new, (row, col), strict=True))
+    return theta_of(row, col, v, t), jnp.zeros((), bool)
+
+
+def _described(state: _State, model: SceneModel, draws: Callable[..., jax.Array]) -> Tempered:
+    """Places weighed by their own density, and summed up."""
+    theta, like = state.theta, state.like
+    number = like.shape[0]
+    log_weight = model.log_places(theta) + model.log_free_share()
+    log_weight = jnp.broadcast_to(log_weight, like.shape)
+    log_z = state.log_z + jax.nn.logsumexp(log_weight, axis=0) - jnp.log(number)
+    index = _resampled(log_weight, draws(_MOST_STEPS, 0, (1,))[0])
+    theta, like = jnp.take_along_axis(theta, index[None], 1), jnp.take_along_axis(like, index, 0)
+    order = jnp.argsort(draws(_MOST_STEPS, 1, (number,)), 0)  # groups are alike
+    theta = jnp.take_along_axis(theta, order[None], 1)
+    slots = model.mask.shape[0]
+    table = jnp.moveaxis(theta[:-1].reshape(slots, 3, *theta.shape[1:]), 2, 0)  # (P, K, 3, L)
+    best = jnp.argmax(like, 0)
+    reference = jnp.take_along_axis(table, best[None, None, None], 0)[0]
+    table = sorted_out(table, reference, model.mask[:, 0])
+    table = table.reshape(number // _CHAINS, _CHAINS, *table.shape[1:])
+    none = jnp.zeros_like(state.beta)
+    posterior = summarise(table, model, none, none, keep_samples=True)
+    return Tempered(posterior, *from_lanes((log_z, like.mean(0), state.steps)))
