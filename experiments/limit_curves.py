@@ -1,4 +1,4 @@
-"""CSO-mAP and position error of all methods beside the Bayes reference, as a picture.
+"""CSO-mAP and position error of all methods beside the Bayes limit, as a picture.
 
     python experiments/limit_curves.py --num 500 --out experiments/figures/limit_curves.png
 
@@ -20,8 +20,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
+from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.estimation.result import UnmixResult
-from dscsnet_jax.estimation.unmix import bayes_reference, unmix
+from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.evaluation.report import Scores, evaluate
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import scene_prior
@@ -37,7 +38,9 @@ METHODS: dict[str, Callable[[np.ndarray, Targets, Known], UnmixResult]] = {
     "dscsnet": lambda frames, _, known: unmix(frames, known),
     "greedy": lambda frames, _, known: unmix(frames, known, method="greedy"),
     "grid": lambda frames, _, known: unmix(frames, known, method="grid"),
-    "Bayes reference": lambda frames, truth, known: bayes_reference(frames, truth, known),
+    "Bayes limit": lambda frames, truth, known: bayes_limit(
+        frames, known, count=np.asarray(truth.count)
+    ),
 }
 Curves = dict[str, list[tuple[float, float, float]]]
 
@@ -123,7 +126,7 @@ def draw(families: dict[str, Curves], path: Path) -> None:
     for column, (label, curves) in zip(axes.T, families.items(), strict=True):
         for name, points in curves.items():
             x, score, error = np.array(points).T
-            style = "k--" if name == "Bayes reference" else "o-"
+            style = "k--" if name == "Bayes limit" else "o-"
             column[0].plot(x, score, style, label=name, markersize=4)
             column[1].plot(x, error, style, label=name, markersize=4)
         column[1].set(xlabel=label, yscale="log")

@@ -38,13 +38,11 @@ def run(args: argparse.Namespace) -> int:
             name, answer.targets, answer.maps, truth, num_pixels=preset.frame_size
         )
         rows |= scoring.guide_row(truth, preset)
-        rows |= scoring.reference_row(frames, truth, preset)
     print(
         f"{args.num} test frames of {preset.name} unmixed in {seconds:.2f} s "
         f"({args.num / seconds:.0f} frames/s on {jax.devices()[0].device_kind})"
     )
     print(format_table(rows))
-    print(scoring.against_reference(rows, name))
     with progress.stage("drawing"), replacing(args.out) as unfinished:
         figure = plot_unmixing(
             frames,

@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
             rows |= scoring.guide_row(split.targets, preset)
     if args.limit and preset is not None:
         with progress.stage("limit"):
-            rows |= scoring.reference_row(split.frames, split.targets, preset)
+            rows |= scoring.limit_row(split.frames, split.targets, preset.known, args.limit)
     print(format_table(rows))
     if args.limit:
-        print(scoring.against_reference(rows, name))
+        print(scoring.against_limit(rows, name, args.limit))
     if args.json:
         scores = {name: row.as_dict() for name, row in rows.items()}
         text = json.dumps({**scores.pop(name), "method": name, "rows": scores}, indent=2)

@@ -8,8 +8,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from dscsnet_jax.estimation.unmix import bayes_reference
+from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.evaluation.report import Scores, evaluate
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, threshold_cells
 from dscsnet_jax.physics.grid import grid_map
 from dscsnet_jax.physics.limits import preset_limit
@@ -17,7 +18,10 @@ from dscsnet_jax.physics.scene import Preset
 from dscsnet_jax.physics.targets import Targets
 
 GUIDE = "Gaussian guide (Cramer-Rao and prior, count given)"
-REFERENCE = "Bayes reference (posterior from the true scene)"
+LIMITS = {
+    "given": "Bayes limit (tempered posterior, count given)",
+    "unknown": "Bayes limit (tempered posterior, count unknown)",
+}
 
 
 def label(method: str, estimate: str, readout: str) -> str:
@@ -74,21 +78,22 @@ def guide_row(truth: Targets, preset: Preset) -> dict[str, Scores]:
     return {GUIDE: evaluate(best, truth)}
 
 
-def reference_row(frames: np.ndarray, truth: Targets, preset: Preset) -> dict[str, Scores]:
-    """Scores of the posterior that starts at the true scene and knows its count."""
-    best = bayes_reference(frames, truth, preset.known)
-    return {REFERENCE: evaluate(best.targets, truth)}
+def limit_row(frames: np.ndarray, truth: Targets, known: Known, count: str) -> dict[str, Scores]:
+    """Scores of the posterior from draws of the prior, the count `given` or `unknown`."""
+    number = np.asarray(truth.mask).sum(1) if count == "given" else None
+    best = bayes_limit(frames, known, count=number)
+    return {LIMITS[count]: evaluate(best.targets, truth)}
 
 
-def against_reference(rows: dict[str, Scores], name: str) -> str:
-    """What a row lacks to the reference, in a line.
+def against_limit(rows: dict[str, Scores], name: str, count: str) -> str:
+    """What a row lacks to the limit, in a line.
 
     Returns:
       Difference of CSO-mAP and ratio of the position errors.
     """
-    ours, best = rows[name], rows[REFERENCE]
+    ours, best = rows[name], rows[LIMITS[count]]
     ratio = ours.matches.position_rmse / best.matches.position_rmse
     return (
         f"{name}: {100 * (best.cso.mean - ours.cso.mean):.2f} points of CSO-mAP below the "
-        f"reference, position RMSE {ratio:.3f} times its"
+        f"limit, position RMSE {ratio:.3f} times its"
     )

@@ -66,8 +66,11 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--limit",
-        action="store_true",
-        help="score the posterior from the true scene beside it (sets made by simulate)",
+        nargs="?",
+        const="given",
+        choices=("given", "unknown"),
+        help="score the best possible posterior beside it, the number of targets given (default) "
+        "or unknown (sets made by simulate; some 0.2 s a frame and number)",
     )
     parser.add_argument("--json", type=Path, help="write the scores to this file")
     parser.add_argument(

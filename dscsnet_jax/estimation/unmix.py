@@ -12,25 +12,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from dscsnet_jax.batching import block_of, frames_per_block, in_blocks
+from dscsnet_jax.batching import block_of
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
+from dscsnet_jax.estimation.observed import observed, recorded
 from dscsnet_jax.estimation.psf_width import fit_width
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
 from dscsnet_jax.estimation.solve import solve
 from dscsnet_jax.estimation.start import read_windows
 from dscsnet_jax.estimation.windows import flat
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.io.frames import as_frames, full_well
+from dscsnet_jax.io.frames import full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.maps.network import check_psf, read_maps
-from dscsnet_jax.physics.preset import Sensor, presets
+from dscsnet_jax.physics.preset import presets
 from dscsnet_jax.physics.psf import Psf, as_psf
-from dscsnet_jax.physics.sensor import PER_PIXEL
-from dscsnet_jax.physics.targets import Targets, no_targets
+from dscsnet_jax.physics.targets import no_targets
 
 DEFAULT_WEIGHTS = "varied_c3"
 _ROOM = 16
@@ -78,35 +76,6 @@ class Options:
     block: int | None = None
     return_maps: bool = False
     samples: bool = False
-
-
-def bayes_reference(frames: Any, truth: Targets, known: Known, *, seed: int = 0) -> UnmixResult:
-    """Posterior mean of frames whose scene is known: what estimates can hope for.
-
-    The chains start at the true targets and keep their number. Where a posterior has
-    several separate modes they may stay in the true one, and are then better than any
-    estimator could be.
-
-    Args:
-      frames: (B, N, M) frames, counts.
-      truth: their targets.
-      known: what is known of optics, sensor and scene.
-      seed: of the posterior's random numbers.
-
-    Returns:
-      `UnmixResult`.
-    """
-    told = known.for_windows()
-    solved = solve(
-        _observed(np.asarray(frames, np.float32), known.sensor),
-        flat(truth),
-        told,
-        max_targets=np.asarray(truth.mask).shape[1],
-        fixed_count=True,
-        from_start=True,
-        seed=seed,
-    )
-    return solved_result(solved, dataclasses.replace(known, psf=told.psf))
 
 
 def unmix(
@@ -168,12 +137,12 @@ def unmix(
     _check_choices(method, estimate, options.readout)
     if max_targets is not None and max_targets < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
-    y = _frames(frames, known.sensor.bad_pixels, mask_invalid=mask_invalid)
+    y = recorded(frames, known.sensor.bad_pixels, mask_invalid=mask_invalid)
     weights = options.weights if isinstance(options.weights, Weights) else _load(options.weights)
     named = options.weights is not None
     known = _completed(known, full_well(getattr(frames, "dtype", float)), weights, named=named)
     known = known.checked(y.shape)
-    observation, told = _observed(y, known.sensor), known.for_windows()
+    observation, told = observed(y, known.sensor), known.for_windows()
     most = max(_ROOM, y.shape[1] * y.shape[2] // 8)  # of a start
     maps: np.ndarray | None = None
     read = functools.partial(
@@ -214,15 +183,6 @@ def unmix(
         )
     begun = "network" if by_network else "detection"
     return solved_result(solved, dataclasses.replace(known, psf=told.psf), maps=maps, start=begun)
-
-
-def _frames(frames: Any, bad_pixels: Any, *, mask_invalid: bool) -> np.ndarray:
-    """The frames (B, N, M) as float32; what bad pixels hold does not matter."""
-    y = as_frames(frames, mask_invalid=mask_invalid or bad_pixels is not None)
-    if bad_pixels is not None and np.shape(bad_pixels) == y.shape[1:]:
-        y = np.where(np.asarray(bad_pixels, bool), 0, y)
-    with np.errstate(over="ignore"):  # counts beyond float32 become infinite, and so invalid
-        return as_frames(y.astype(np.float32), mask_invalid=mask_invalid)
 
 
 def _completed(known: Known, well: float, weights: Weights, *, named: bool) -> Known:
@@ -272,21 +232,3 @@ def _trained_well(weights: Weights) -> float:
     if preset is None or preset.variation is not None:
         return float("inf")
     return float(preset.sensor.saturation)
-
-
-def _observed(y: np.ndarray, sensor: Sensor) -> Observation:
-    """The frames with their sensor, block by block."""
-    told = {name: getattr(sensor, name) for name in PER_PIXEL}
-    of_frames = {name: v for name, v in told.items() if np.ndim(v) in (1, 3)}
-    shared = dataclasses.replace(sensor, **dict.fromkeys(of_frames))
-    numbers = dataclasses.replace(shared, bad_pixels=None)
-    numbers = jax.tree.map(lambda a: np.asarray(a, np.float32), numbers)
-    shared = dataclasses.replace(numbers, bad_pixels=sensor.bad_pixels)
-    size = frames_per_block(y.shape[1:])
-    return in_blocks(_observe, (y, of_frames), shared, size=size)
-
-
-@jax.jit
-def _observe(given: tuple[jax.Array, dict[str, Any]], sensor: Sensor) -> Observation:
-    frames, of_frames = given
-    return observe(frames, dataclasses.replace(sensor, **of_frames))

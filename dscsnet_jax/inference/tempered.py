@@ -108,7 +108,7 @@ def tempered(
       >>> windows = dj.observe(y, dj.Sensor(read_noise=2.0, background=0.0))
       >>> known = Known(dj.Gaussian(0.5), prior=dj.scene_prior(intensity=(150.0, 250.0)))
       >>> found = jax.jit(tempered)(windows, jnp.ones((1, 1), bool), known, jax.random.key(0))
-      >>> found.posterior.targets.position[0, 0].round(1).tolist()
+      >>> [round(float(x), 1) for x in found.posterior.targets.position[0, 0]]
       [3.0, 2.7]
 
     References:
@@ -257,8 +257,7 @@ def _move(
     half = state.like.shape[0] // 2
     own, others = state.theta[:, :half], state.theta[:, half:]
     u = draws(number, 4 + index, (6, half))
-    kinds = (_along_all, _along_some, _along_one, _redrawn, _along_some, _shifted, _rotated)
-    kinds = tuple(partial(kind, own, others, u, state, model) for kind in kinds)
+    kinds = [partial(kind, own, others, u, state, model) for kind in _KINDS]
     proposed, ordered = jax.lax.switch(index % len(kinds), kinds)
     proposed, fine = _sorted(proposed, model.mask)
     like, prior = _densities(model, proposed)
@@ -378,6 +377,9 @@ def _rotated(own: Any, others: Any, u: Any, state: _State, model: SceneModel) ->
     new = middle[0] + cosine * a - sine * b, middle[1] + sine * a + cosine * b
     row, col = (jnp.where(model.mask, x, y) for x, y in zip(new, (row, col), strict=True))
     return theta_of(row, col, v, t), jnp.zeros((), bool)
+
+
+_KINDS = (_along_all, _along_some, _along_one, _redrawn, _along_some, _shifted, _rotated)
 
 
 def _described(state: _State, model: SceneModel, draws: Callable[..., jax.Array]) -> Tempered:

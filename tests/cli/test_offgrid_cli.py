@@ -19,6 +19,7 @@ from PIL import Image
 from dscsnet_jax.cli import demo, evaluate, main, options, scoring, simulate, unmix
 from dscsnet_jax.estimation import psf_width
 from dscsnet_jax.estimation import unmix as library
+from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.evaluation import report
 from dscsnet_jax.inference.intensity import Uniform
@@ -89,28 +90,28 @@ def test_limit_is_printed_and_written_beside_the_scores(
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
     *table, summary = stdout.splitlines()
-    names = [MEAN, CELLS, scoring.GUIDE, scoring.REFERENCE]
+    names = [MEAN, CELLS, scoring.GUIDE, scoring.LIMITS["given"]]
     assert [line.split("  ")[0] for line in table[2:]] == names
     written = json.loads(file.read_text())
     assert written["method"] == MEAN
     assert list(written["rows"]) == names[1:]
     split, known = read_csist(csist), light_preset("csist").known
     answer = library.unmix(split.frames, known)
-    best = library.bayes_reference(split.frames, split.targets, known)
-    pairs = [(written, answer), (written["rows"][scoring.REFERENCE], best)]
+    best = bayes_limit(split.frames, known, count=split.targets.count)
+    pairs = [(written, answer), (written["rows"][scoring.LIMITS["given"]], best)]
     for scores, found in pairs:
         expected = report.evaluate(found.targets, split.targets).as_dict()
         for name in ("mAP", "AP05", "AP25", "position_rmse", "intensity_rmse"):
             assert scores[name] == pytest.approx(expected[name], abs=1e-9)
     assert written["mAP"] > 90
-    assert 0 < written["rows"][scoring.REFERENCE]["position_rmse"] < 0.05
+    assert 0 < written["rows"][scoring.LIMITS["given"]]["position_rmse"] < 0.05
     match = re.fullmatch(
-        re.escape(MEAN) + r": (\S+) points of CSO-mAP below the reference, "
+        re.escape(MEAN) + r": (\S+) points of CSO-mAP below the limit, "
         r"position RMSE (\S+) times its",
         summary,
     )
     assert match is not None
-    reference = written["rows"][scoring.REFERENCE]
+    reference = written["rows"][scoring.LIMITS["given"]]
     assert float(match[1]) == pytest.approx(reference["mAP"] - written["mAP"], abs=0.006)
     ratio = written["position_rmse"] / reference["position_rmse"]
     assert float(match[2]) == pytest.approx(ratio, abs=0.0006)
@@ -337,24 +338,23 @@ def test_row20_options_that_cannot_be_are_refused(
 
 
 @pytest.mark.usefixtures("few_targets")
-def test_demo_scores_beside_guide_and_reference_and_draws(tmp_path: Path, capsys: Captured) -> None:
+def test_demo_scores_beside_the_guide_and_draws(tmp_path: Path, capsys: Captured) -> None:
     picture = tmp_path / "demo.png"
     argv = ["demo", "--num", str(FRAMES), "--seed", "7", "--out", str(picture)]
     assert main(argv) == 0
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
-    first, header, _, *rows, summary, last = stdout.splitlines()
+    first, header, _, *rows, last = stdout.splitlines()
     assert first.startswith(f"{FRAMES} test frames of csist unmixed in ")
     assert "frames/s on " in first
     assert header.split()[:2] == ["method", "mAP"]
-    names = [MEAN, CELLS, scoring.GUIDE, scoring.REFERENCE]
+    names = [MEAN, CELLS, scoring.GUIDE]
     assert [row.split("  ")[0] for row in rows] == names
     ours, cells, *best = (
         float(row.removeprefix(name).split()[0]) for name, row in zip(names, rows, strict=True)
     )
     assert ours > 90 > cells
     assert min(best) > 90
-    assert summary.startswith(f"{MEAN}: ")
     assert last == f"picture: {picture}"
     with Image.open(picture) as image:
         assert image.format == "PNG"

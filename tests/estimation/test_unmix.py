@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.estimation import solve as solving
+from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.estimation.result import UnmixResult
-from dscsnet_jax.estimation.unmix import Options, bayes_reference, pretrained, unmix
+from dscsnet_jax.estimation.unmix import Options, pretrained, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.known import Known
@@ -112,7 +113,7 @@ def test_the_mean_of_unknown_counts_is_near_that_of_known_ones(
 ) -> None:
     truth, frames = csist
     some = jax.tree.map(lambda a: a[:BATCH], truth)
-    reference = bayes_reference(frames[:BATCH], some, KNOWN)
+    reference = bayes_limit(frames[:BATCH], KNOWN, count=some.count)
     assert reference.targets.count.tolist() == some.count.tolist()
     assert averaged.targets.count.tolist() == some.count.tolist()
     assert (
