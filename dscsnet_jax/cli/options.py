@@ -110,7 +110,9 @@ def add_sensor(parser: argparse.ArgumentParser) -> None:
         "--sigma", type=length, help="PSF standard deviation, pixels; default: the weights'"
     )
     parser.add_argument(
-        "--fit-psf", action="store_true", help="fit the width of the PSF, one for all frames"
+        "--fit-psf",
+        action="store_true",
+        help="fit the parameters of the PSF, for all frames together",
     )
     parser.add_argument("--noise", type=counts, help="standard deviation of the read noise, counts")
     parser.add_argument(

@@ -95,4 +95,9 @@ def _summary(answers: list[UnmixResult]) -> str:
         f"{per_count.get(0, 0)} frames without targets",
         f"frames by number of targets: {histogram or 'none'}",
     ]
-    return "\n".join(lines + [f"{name}: {number}" for name, number in flags.items() if number])
+    lines += [f"{name}: {number}" for name, number in flags.items() if number]
+    fitted = [a.psf_parameters for a in answers if a.psf_parameters]
+    for parameters in fitted:
+        told = ", ".join(f"{name} {v:.4f} +- {std:.4f}" for name, (v, std) in parameters.items())
+        lines.append(f"PSF: {told}")
+    return "\n".join(lines)

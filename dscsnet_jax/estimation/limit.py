@@ -15,7 +15,7 @@ from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.tempered import Tempered, tempered
-from dscsnet_jax.physics.psf import require
+from dscsnet_jax.physics.psf import as_psf, require
 
 _MOST = 5  # targets that are tried where nothing is known of their number
 _LANES = 32  # of a block, that the particles of one window take
@@ -72,7 +72,7 @@ def bayes_limit(
         best = np.searchsorted(tried, chance.argmax(1))
         stacked = jax.tree.map(lambda *a: np.stack(a), *answers)
         found = jax.tree.map(lambda a: a[best, np.arange(len(y))], stacked)
-    known = dataclasses.replace(known, psf=told.psf)
+    known = dataclasses.replace(known, psf=as_psf(known.psf))
     return solved_result(_solved(found, chance, seen, told), known)
 
 

@@ -57,6 +57,7 @@ class UnmixResult:
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out, not known to be bad.
       start: (B,) text, where the first targets came from: `network` or `detection`.
       known: what was known of optics, sensor and scene, the PSF as given or fitted.
+      psf_parameters: of a fitted PSF by name: value and standard error; None: none was fitted.
       samples: (B, S, K, 3) of the posterior: row, col (pixels) and intensity (counts) of the
         targets, which may exchange their numbers; None unless asked for.
       maps: (B, cN, cM) sub-pixel maps, counts; None unless asked for.
@@ -97,6 +98,7 @@ class UnmixResult:
     invalid: np.ndarray
     start: np.ndarray
     known: Known
+    psf_parameters: dict[str, tuple[float, float]] | None = None
     samples: np.ndarray | None = None
     maps: np.ndarray | None = None
 
@@ -111,9 +113,9 @@ class UnmixResult:
                 raise IndexError(f"frame {frames} of {len(self)}")
             frames = slice(frames, frames + 1 or None)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        known = fields.pop("known")
+        shared = {name: fields.pop(name) for name in ("known", "psf_parameters")}
         some = jax.tree.map(lambda a: np.asarray(a)[frames], fields)
-        return UnmixResult(**some, known=known)
+        return UnmixResult(**some, **shared)
 
     def __repr__(self) -> str:
         """What it is, in a line."""
@@ -204,6 +206,7 @@ def solved_result(
     *,
     maps: np.ndarray | None = None,
     start: str = "network",
+    psf_parameters: dict[str, tuple[float, float]] | None = None,
 ) -> UnmixResult:
     """Flags and goodness of fit of a solution.
 
@@ -212,6 +215,7 @@ def solved_result(
       known: PSF, sensor's gain and scene prior.
       maps: (B, cN, cM) counts, or None.
       start: where the first targets came from.
+      psf_parameters: of a fitted PSF, with their errors.
     """
     chi_square, expected_spread = _chi_square(solved.observation, solved.source, known)
     return UnmixResult(
@@ -227,6 +231,7 @@ def solved_result(
         truncated=solved.truncated,
         start=np.full(len(solved.truncated), start),
         known=known,
+        psf_parameters=psf_parameters,
         samples=solved.samples,
         maps=maps,
         **_common(solved.observation, solved.targets, solved.source, known),

@@ -314,7 +314,7 @@ def sampled_windows(
     known: Known,
     *,
     seed: int,
-    width_slope: bool = False,
+    psf_slope: bool = False,
     keep_samples: bool = False,
 ) -> Posterior:
     """`sampler.sample` of windows of one shape, in blocks of one size.
@@ -323,7 +323,7 @@ def sampled_windows(
     all others their time.
     """
     told = known, np.uint32(seed)
-    run = partial(_turn, width_slope=width_slope, keep_samples=keep_samples)
+    run = partial(_turn, psf_slope=psf_slope, keep_samples=keep_samples)
     todo = np.arange(len(w.frame))
     run_chains = partial(_run, of_chains=True)
     chains = run_chains(_begin, w, *told)
@@ -370,7 +370,7 @@ def _begin(given: _Given, known: Known, seed: jax.Array) -> sampler.Chains:
     return sampler.begin(*given[:2], known, jax.random.key(seed))
 
 
-@partial(jax.jit, static_argnames=("width_slope", "keep_samples"))
+@partial(jax.jit, static_argnames=("psf_slope", "keep_samples"))
 def _turn(
     given: _Given, known: Known, seed: jax.Array, number: jax.Array, **what: Any
 ) -> tuple[Posterior, sampler.Chains]:

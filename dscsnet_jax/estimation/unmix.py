@@ -12,12 +12,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dscsnet_jax.batching import block_of
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
 from dscsnet_jax.estimation.observed import observed, recorded
-from dscsnet_jax.estimation.psf_width import fit_width
+from dscsnet_jax.estimation.psf_fit import fit_psf
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
 from dscsnet_jax.estimation.solve import solve
 from dscsnet_jax.estimation.start import read_windows
@@ -57,7 +58,7 @@ class Options:
         only, `cells` (reference rule of the benchmark: each cell above the threshold).
       threshold: least energy of a target read out, counts; None: by prior and noise, or
         50 counts for `cells`.
-      fit_psf: fit one common factor to the PSF's width, from all frames together.
+      fit_psf: fit the PSF's parameters, from all frames together.
       block: windows, and at most so many frames, that are computed together; None: what suits
         the device, whatever the number of frames. Another number changes the answers by
         rounding.
@@ -145,6 +146,7 @@ def unmix(
     observation, told = observed(y, known.sensor), known.for_windows()
     most = max(_ROOM, y.shape[1] * y.shape[2] // 8)  # of a start
     maps: np.ndarray | None = None
+    parameters: dict[str, tuple[float, float]] | None = None
     read = functools.partial(
         read_maps,
         observation,
@@ -169,7 +171,11 @@ def unmix(
             maps = read(max_targets=1)[0]
         greedy = method == "greedy"
         if options.fit_psf:
-            told, start = fit_width(observation, start, told, greedy=greedy, seed=seed)
+            own = jax.tree.map(lambda a: np.asarray(a, np.float32), known.psf)
+            guess = dataclasses.replace(told, psf=own)
+            fitted = fit_psf(observation, start, guess, greedy=greedy, seed=seed)
+            known, start = dataclasses.replace(known, psf=fitted.known.psf), fitted.targets
+            told, parameters = known.for_windows(), fitted.parameters
         solved = solve(
             observation,
             start,
@@ -182,7 +188,7 @@ def unmix(
             seed=seed,
         )
     begun = "network" if by_network else "detection"
-    return solved_result(solved, dataclasses.replace(known, psf=told.psf), maps=maps, start=begun)
+    return solved_result(solved, known, maps=maps, start=begun, psf_parameters=parameters)
 
 
 def _completed(known: Known, well: float, weights: Weights, *, named: bool) -> Known:

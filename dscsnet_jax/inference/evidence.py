@@ -23,6 +23,7 @@ from dscsnet_jax.inference.lanes import lanes_last, largest, to_lanes
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
 from dscsnet_jax.inference.theta import pairs_of, present_of, spread, theta_of
+from dscsnet_jax.physics.psf_coordinates import coordinates
 from dscsnet_jax.physics.targets import Targets
 
 _QUARTIC = 1.35 / 2 * (3 / (16 * np.pi)) ** 0.5
@@ -91,6 +92,44 @@ def laplace(best: Fit, observation: Observation, known: Known, *, limits: bool =
     if not limits:
         return total
     return jnp.where(_impossible(model.unpack(theta), seen), -jnp.inf, total)
+
+
+@lanes_last
+def psf_information(best: Fit, observation: Observation, known: Known) -> jax.Array:
+    """Information of the PSF's coordinates when the targets of each window are unknown as well.
+
+    The Schur complement of the targets' block in the information of both,
+    `F_pp - F_pt F_tt^-1 F_tp`.
+
+    Args:
+      best: fits of B windows.
+      observation: the windows.
+      known: PSF, sensor's gain and scene prior.
+
+    Returns:
+      (B, P, P), of the coordinates of `physics.psf_coordinates`.
+    """
+
+    def one(theta: jax.Array, mask: jax.Array, seen: Observation) -> jax.Array:
+        model = scene_model(seen, mask, known)
+        free = coordinates(model.known.psf)
+
+        def expected(theta: jax.Array, values: jax.Array) -> jax.Array:
+            source = model.with_psf(free.psf(values)).source(theta)
+            return source + seen.background_std * theta[-1]
+
+        by_theta, by_psf = (
+            jax.jacfwd(expected, i)(theta, free.values).reshape(seen.counts.size, -1)
+            for i in (0, 1)
+        )
+        source, gain = model.source(theta), known.effective_gain
+        given = pixels.likelihoods(seen, gain, model.censors, source, theta[-1])
+        weighted = by_psf * given.information.reshape(-1, 1)
+        unit, scale = scaled(model.quadratic(theta).information, present_of(mask))
+        cross = (by_theta * scale[None]).T @ weighted
+        return by_psf.T @ weighted - cross.T @ jnp.linalg.solve(unit, cross)
+
+    return jax.vmap(one)(best.theta, best.targets.mask, observation)
 
 
 def _impossible(targets: Targets, seen: Observation) -> jax.Array:

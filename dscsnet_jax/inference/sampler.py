@@ -38,6 +38,7 @@ from dscsnet_jax.inference.summary import (
     summarise,
 )
 from dscsnet_jax.inference.theta import present_of
+from dscsnet_jax.physics.psf_coordinates import coordinates
 from dscsnet_jax.physics.targets import Targets
 
 NUM_CHAINS = 4
@@ -65,7 +66,7 @@ def sample(
     num_burn_in: int = NUM_BURN_IN,
     num_samples: int = NUM_SAMPLES,
     thinning: int = THINNING,
-    width_slope: bool = False,
+    psf_slope: bool = False,
     keep_samples: bool = False,
 ) -> Posterior:
     """Posterior mean, errors and intervals of the targets of each window.
@@ -83,7 +84,7 @@ def sample(
       num_burn_in: rounds before, for the chains to forget their start.
       num_samples: rounds that are kept, one sample each, of every chain.
       thinning: steps of a round, for each slot of a window.
-      width_slope: compute `Posterior.width_slope`.
+      psf_slope: compute `Posterior.psf_slope`.
       keep_samples: answer with `Posterior.samples`.
 
     Returns:
@@ -127,7 +128,7 @@ def sample(
         num_burn_in=num_burn_in,
         num_samples=num_samples,
         thinning=thinning,
-        width_slope=width_slope,
+        psf_slope=psf_slope,
         keep_samples=keep_samples,
     )
 
@@ -261,7 +262,7 @@ def turn(
     num_burn_in: int = NUM_BURN_IN,
     num_samples: int = NUM_SAMPLES,
     thinning: int = THINNING,
-    width_slope: bool = False,
+    psf_slope: bool = False,
     keep_samples: bool = False,
 ) -> tuple[Posterior, Chains]:
     """Rounds of steps of all chains, and what the kept samples tell.
@@ -278,7 +279,7 @@ def turn(
       num_burn_in: as of `sample`.
       num_samples: as of `sample`.
       thinning: as of `sample`.
-      width_slope: as of `sample`.
+      psf_slope: as of `sample`.
       keep_samples: as of `sample`.
 
     Returns:
@@ -310,16 +311,15 @@ def turn(
         return jnp.where(is_numbered(theta, fitted, mask), total, -jnp.inf)
 
     def slope(theta: jax.Array) -> jax.Array:
-        """Derivative of the log likelihood (1, C) by the logarithm of the PSF's width."""
-        if not width_slope:
-            return jnp.zeros(theta.shape[1:], theta.dtype)
+        """Derivatives of the log likelihood (P, 1, C) by the coordinates of the PSF."""
+        if not psf_slope:
+            return jnp.zeros((0, *theta.shape[1:]), theta.dtype)
+        free = coordinates(model.known.psf)
 
-        def widened(log_factor: jax.Array) -> jax.Array:
-            psf = model.known.psf.widened(jnp.exp(log_factor))
-            return model.with_psf(psf).log_likelihood(theta)
+        def changed(values: jax.Array) -> jax.Array:
+            return model.with_psf(free.psf(values)).log_likelihood(theta)
 
-        zero, one = jnp.zeros((), theta.dtype), jnp.ones((), theta.dtype)
-        return jax.jvp(widened, (zero,), (one,))[1]
+        return jnp.moveaxis(jax.jacfwd(changed)(free.values), -1, 0)
 
     def one_round(state: _State, round_: jax.Array) -> tuple[_State, tuple]:
         """Steps that keep the joint density, then accepted as one for the places' own."""
@@ -406,7 +406,7 @@ def turn(
     flat = sorted_out(flat, centre[:-1].reshape(flat.shape[1:]), own_mask)
     seen = jax.tree.map(lambda a: to_lanes(a)[..., None, :], windows)
     of_windows = scene_model(seen, own_mask[:, None], known, softness=HARD, uniform=True)
-    of_steps = rate.mean((0, 1)), slopes.mean((0, 1))
+    of_steps = rate.mean((0, 1)), slopes.mean((0, 2))
     answer = summarise(flat.reshape(table.shape), of_windows, *of_steps, keep_samples=keep_samples)
     chains = chains._replace(samples=from_lanes(samples))
     flat = flat.reshape(len(flat), -1, flat.shape[-1])

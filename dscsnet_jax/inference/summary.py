@@ -33,9 +33,9 @@ class Posterior:
       rhat: (B,) rank-normalised split R-hat of the worst parameter.
       acceptance: (B,) share of accepted steps.
       converged: (B,) bool: R-hat is below 1.1.
-      width_slope: (B,) derivative of the log evidence by the logarithm of the PSF's width,
-        which is the posterior mean of that of the log likelihood (Fisher's identity); 0
-        unless asked for.
+      psf_slope: (B, P) derivatives of the log evidence by the coordinates of the PSF
+        (`psf_coordinates`), which are the posterior means of those of the log likelihood
+        (Fisher's identity); P = 0 unless asked for.
       samples: (B, S, K, 3) row, col and intensity of the targets, in the slots of the mean;
         None unless asked for.
     """
@@ -47,7 +47,7 @@ class Posterior:
     rhat: jax.Array
     acceptance: jax.Array
     converged: jax.Array
-    width_slope: jax.Array
+    psf_slope: jax.Array
     samples: jax.Array | None = None
 
     @property
@@ -134,7 +134,7 @@ def summarise(
     samples: jax.Array,
     model: SceneModel,
     acceptance: jax.Array,
-    width_slope: jax.Array,
+    psf_slope: jax.Array,
     *,
     keep_samples: bool = False,
 ) -> Posterior:
@@ -144,7 +144,7 @@ def summarise(
       samples: (S, chains, K, 3, L) rows, cols and `v` of L windows.
       model: of the windows, (..., 1, L).
       acceptance: (L,) share of accepted steps.
-      width_slope: (L,) see `Posterior`.
+      psf_slope: (P, L) see `Posterior`.
       keep_samples: answer with them.
 
     Returns:
@@ -184,6 +184,6 @@ def summarise(
         rhat=rhat,
         acceptance=acceptance,
         converged=rhat < LARGEST_RHAT,
-        width_slope=width_slope,
+        psf_slope=jnp.moveaxis(psf_slope, -1, 0),
         samples=jnp.moveaxis(samples, -1, 0) * present[:, None] if keep_samples else None,
     )

@@ -27,16 +27,17 @@ from dscsnet_jax.inference.summary import Posterior, sorted_out, summarise
 from dscsnet_jax.inference.theta import parts_of, theta_of
 
 NUM_PARTICLES = 512
-NUM_MOVES = 48
+NUM_MOVES = 96
 """Moves of half of the particles after each step."""
 
 _EFFECTIVE = 0.5  # of the particles, that a step keeps
 _MOST_STEPS = 200
-_LAST_STEPS = 4  # of moves alone, at the end
+_LAST_STEPS = 8  # of moves alone, at the end
 _TRIES = 24  # of places for a first target that keeps its distance
 _ACCEPTANCE = 0.25
 _CHAINS = 4  # groups of particles by which a summary tells how well they agree
 _BISECTIONS = 30
+_NUMBERINGS = 6  # of the targets of all particles, each nearer to their means
 
 
 class Tempered(NamedTuple):
@@ -126,7 +127,8 @@ def tempered(
     zero = jnp.zeros(like.shape[-1], like.dtype)
     whole = jnp.zeros(zero.shape, jnp.int32)
     first = jnp.zeros((), jnp.int32)
-    state = _State(theta, like, prior, zero, zero, zero, whole + _LAST_STEPS, whole, first)
+    length = jnp.zeros((len(_KINDS), *zero.shape), zero.dtype)
+    state = _State(theta, like, prior, zero, zero, length, whole + _LAST_STEPS, whole, first)
     move = partial(_move, model=model, draws=draws)
 
     def step(state: _State) -> _State:
@@ -257,7 +259,8 @@ def _move(
     half = state.like.shape[0] // 2
     own, others = state.theta[:, :half], state.theta[:, half:]
     u = draws(number, 4 + index, (6, half))
-    kinds = [partial(kind, own, others, u, state, model) for kind in _KINDS]
+    length = jnp.exp(state.log_length[index % len(_KINDS)])
+    kinds = [partial(kind, own, others, u, length, model) for kind in _KINDS]
     proposed, ordered = jax.lax.switch(index % len(kinds), kinds)
     proposed, fine = _sorted(proposed, model.mask)
     like, prior = _densities(model, proposed)
@@ -270,12 +273,12 @@ def _move(
         return jnp.concatenate([rest, jnp.where(accepted, new, old)], axis)
 
     rate = accepted.mean(0, dtype=like.dtype)
-    learned = jnp.where(index % len(kinds) < 3, 0.5 * (rate - _ACCEPTANCE), 0)
+    learned = state.log_length[index % len(kinds)] + 0.5 * (rate - _ACCEPTANCE)
     return state._replace(
         theta=joined(proposed, own, others, 1),
         like=joined(like, state.like[:half], state.like[half:], 0),
         prior=joined(prior, state.prior[:half], state.prior[half:], 0),
-        log_length=jnp.clip(state.log_length + learned, -4, 1),
+        log_length=state.log_length.at[index % len(kinds)].set(jnp.clip(learned, -4, 1)),
     )
 
 
@@ -298,29 +301,28 @@ def _chosen(u: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _along(
-    own: jax.Array, others: jax.Array, u: jax.Array, state: _State, some: jax.Array
+    own: jax.Array, others: jax.Array, u: jax.Array, length: jax.Array, some: jax.Array
 ) -> _Proposal:
     """Steps along the difference of two others, of some parameters (D, P/2, L)."""
     dimension = jnp.maximum(some.sum(0), 1).astype(own.dtype)
-    length = 2.38 / jnp.sqrt(2 * dimension) * jnp.exp(state.log_length)
-    step = _difference(others, u) * jnp.where(some, length, 0)
+    step = _difference(others, u) * jnp.where(some, 2.38 / jnp.sqrt(2 * dimension) * length, 0)
     # A little of each direction besides, which the others may all lack.
     jitter = 1 + 0.1 * (u[2] - 0.5)
     return own + step * jitter, jnp.ones((), bool)
 
 
-def _along_all(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
-    return _along(own, others, u, state, jnp.ones(own.shape, bool))
+def _along_all(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
+    return _along(own, others, u, length, jnp.ones(own.shape, bool))
 
 
-def _along_some(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+def _along_some(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
     """Of two targets and the level."""
     both = _chosen(u[3], model.mask) | _chosen(u[4], model.mask)
-    return _along(own, others, u, state, _of_targets(both, level=True))
+    return _along(own, others, u, length, _of_targets(both, level=True))
 
 
-def _along_one(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
-    return _along(own, others, u, state, _of_targets(_chosen(u[3], model.mask), level=False))
+def _along_one(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
+    return _along(own, others, u, length, _of_targets(_chosen(u[3], model.mask), level=False))
 
 
 def _of_targets(some: jax.Array, *, level: bool) -> jax.Array:
@@ -329,7 +331,7 @@ def _of_targets(some: jax.Array, *, level: bool) -> jax.Array:
     return jnp.concatenate([table, jnp.full((1, *some.shape[1:]), level)])
 
 
-def _redrawn(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+def _redrawn(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
     """One target anywhere in its square, of any intensity."""
     prior = model.known.prior
     row, col, v, t = parts_of(own)
@@ -350,7 +352,7 @@ def _redrawn(own: Any, others: Any, u: Any, state: _State, model: SceneModel) ->
     return theta_of(row, col, jnp.where(one, u[2], v), t), jnp.zeros((), bool)
 
 
-def _shifted(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+def _shifted(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
     """All targets a pixel further along an axis."""
     row, col, v, t = parts_of(own)
     way = jnp.where(u[0] < 0.5, -1, 1).astype(own.dtype)
@@ -360,7 +362,7 @@ def _shifted(own: Any, others: Any, u: Any, state: _State, model: SceneModel) ->
     return theta_of(row, col, v, t), jnp.zeros((), bool)
 
 
-def _rotated(own: Any, others: Any, u: Any, state: _State, model: SceneModel) -> _Proposal:
+def _rotated(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
     """The targets rotated by any angle about the centre of their light, or mirrored through it.
 
     The centre stays, so that the volume does.
@@ -379,7 +381,10 @@ def _rotated(own: Any, others: Any, u: Any, state: _State, model: SceneModel) ->
     return theta_of(row, col, v, t), jnp.zeros((), bool)
 
 
-_KINDS = (_along_all, _along_some, _along_one, _redrawn, _along_some, _shifted, _rotated)
+_KINDS = (
+    *(_along_all, _along_some, _along_one, _redrawn, _along_all, _along_some, _rotated),
+    *(_along_one, _along_all, _along_some, _shifted),
+)
 
 
 def _described(state: _State, model: SceneModel, draws: Callable[..., jax.Array]) -> Tempered:
@@ -397,8 +402,10 @@ def _described(state: _State, model: SceneModel, draws: Callable[..., jax.Array]
     table = jnp.moveaxis(theta[:-1].reshape(slots, 3, *theta.shape[1:]), 2, 0)  # (P, K, 3, L)
     best = jnp.argmax(like, 0)
     reference = jnp.take_along_axis(table, best[None, None, None], 0)[0]
-    table = sorted_out(table, reference, model.mask[:, 0])
+    for _ in range(_NUMBERINGS):
+        table = sorted_out(table, reference, model.mask[:, 0])
+        reference = table.mean(0)
     table = table.reshape(number // _CHAINS, _CHAINS, *table.shape[1:])
     none = jnp.zeros_like(state.beta)
-    posterior = summarise(table, model, none, none, keep_samples=True)
+    posterior = summarise(table, model, none, none[None][:0], keep_samples=True)
     return Tempered(posterior, *from_lanes((log_z, like.mean(0), state.steps)))

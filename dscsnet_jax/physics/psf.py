@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -127,6 +127,8 @@ class Gaussian:
       [0.5, 0.5]
     """
 
+    free: ClassVar[dict[str, str]] = {"sigma": "log"}
+
     sigma: Any = 0.5
 
     def terms(self) -> GaussianTerms:
@@ -141,7 +143,7 @@ class Gaussian:
 
     def widened(self, factor: ArrayLike) -> Gaussian:
         """As much wider."""
-        return Gaussian(self.width * factor)
+        return Gaussian(floating(self.sigma) * factor)
 
 
 def as_psf(psf: Any) -> Any:

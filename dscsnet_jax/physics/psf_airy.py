@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -43,6 +43,8 @@ class Airy:
     References:
       M. Born, E. Wolf, Principles of Optics, 7th ed. (1999), sections 8.5.2 and 8.6.2.
     """
+
+    free: ClassVar[dict[str, str]] = {"resolution": "log", "jitter": "linear"}
 
     resolution: Any
     jitter: Any

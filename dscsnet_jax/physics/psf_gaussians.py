@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -34,6 +34,8 @@ class RotatedGaussian:
 
     It is differentiable by the angle except where the axes are those of the pixels.
     """
+
+    free: ClassVar[dict[str, str]] = {"sigma": "log", "angle": "degrees"}
 
     sigma: Any
     angle: Any
@@ -120,6 +122,8 @@ class Moffat:
       A. F. J. Moffat, Astron. Astrophys. 3 (1969) 455.
     """
 
+    free: ClassVar[dict[str, str]] = {"fwhm": "log", "beta": "above_one"}
+
     fwhm: Any
     beta: Any = 2.5
 
@@ -160,6 +164,8 @@ class GaussianMixture:
       >>> round(float(core_and_halo.width[0]), 2)
       0.58
     """
+
+    free: ClassVar[dict[str, str]] = {"weight": "shares", "sigma": "log"}
 
     weight: Any
     sigma: Any

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -100,6 +100,8 @@ class Empirical:
       table, offset, over: as of `TabulatedTerms`.
       scale: how many times wider the PSF is made than it was given.
     """
+
+    free: ClassVar[dict[str, str]] = {"scale": "log"}
 
     table: jax.Array
     offset: jax.Array

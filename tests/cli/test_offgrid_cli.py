@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dscsnet_jax.cli import demo, evaluate, main, options, scoring, simulate, unmix
-from dscsnet_jax.estimation import psf_width
+from dscsnet_jax.estimation import psf_fit
 from dscsnet_jax.estimation import unmix as library
 from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.estimation.result import UnmixResult
@@ -27,7 +27,6 @@ from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import preset_prior
 from dscsnet_jax.io.csist import read_csist
 from dscsnet_jax.physics import scene
-from dscsnet_jax.physics.targets import Targets
 
 FRAMES = 16
 MEAN, CELLS = "dscsnet (mean)", "grid (cells: reference rule)"
@@ -206,15 +205,15 @@ def test_the_width_of_the_psf_is_fitted_to_all_frames(
 ) -> None:
     widths: list[np.ndarray] = []
 
-    def fit_width(*args: Any, **options: Any) -> tuple[Known, Targets]:
-        answer = psf_width.fit_width(*args, **options)
-        widths.append(np.asarray(answer[0].psf.width))
+    def fit_psf(*args: Any, **options: Any) -> psf_fit.PsfFit:
+        answer = psf_fit.fit_psf(*args, **options)
+        widths.append(np.asarray(answer.known.psf.width))
         return answer
 
     def alone(name: str, **changes: Any) -> scene.Preset:
         return scene.get_preset(name, max_targets=1, **changes)
 
-    monkeypatch.setattr(library, "fit_width", fit_width)
+    monkeypatch.setattr(library, "fit_psf", fit_psf)
     monkeypatch.setattr(simulate, "get_preset", alone)  # of a blend it is not clear what is wide
     folder = tmp_path / "wide"
     argv = ["simulate", "--preset", "csist_noise", "--sigma", "0.55", "--read-noise", "2"]

@@ -18,7 +18,7 @@ from dscsnet_jax.physics.scene import frame_keys, simulate
 
 pytestmark = pytest.mark.slow
 
-run = jax.jit(partial(tempered, num_particles=256))
+run = jax.jit(partial(tempered, num_particles=256, num_moves=48))
 
 
 def in_turn(seen: Any, mask: np.ndarray, known: dj.Known, seed: int = 0) -> Tempered:

@@ -82,7 +82,7 @@ LIMITED = Known(
 
 @partial(jax.jit)
 def posterior(seen: Observation, start: Targets, known: Known) -> Posterior:
-    return sample(seen, start, known, jax.random.key(0), num_samples=64, width_slope=True)
+    return sample(seen, start, known, jax.random.key(0), num_samples=64, psf_slope=True)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_exchanged_targets_are_the_same_targets(
     assert np.abs(off / bounds[windows]).max() < 5 * (2 / number) ** 0.5
 
 
-def test_width_slope_is_that_of_the_evidence(seen: Observation) -> None:
+def test_psf_slope_is_that_of_the_evidence(seen: Observation) -> None:
     """Where the posterior is Gaussian, Laplace's evidence has no error; the PSF is too narrow."""
 
     @quick_jit
@@ -231,7 +231,9 @@ def test_width_slope_is_that_of_the_evidence(seen: Observation) -> None:
         for f in (0.88, 0.92)
     )
     expected = (wide - narrow) / np.log(0.92 / 0.88)
-    slope = posterior(seen, TRUTH, PLAIN.replace(psf=Gaussian(np.float32(0.9) * WIDTH))).width_slope
+    slope = posterior(
+        seen, TRUTH, PLAIN.replace(psf=Gaussian(np.float32(0.9) * WIDTH))
+    ).psf_slope.sum(1)
     gaussian = slice(ALONE.start, APART.stop)
     assert expected[gaussian].max() > 100
     np.testing.assert_allclose(slope[gaussian], expected[gaussian], rtol=0.1, atol=5)
