@@ -1,0 +1,77 @@
+"""Parameters of PSFs fitted without being told: do the stated errors hold, is there a bias?
+
+    python experiments/benchmarks/psf_fit.py --sets 20 --num 200 --psf gaussian
+
+makes sets of csist scenes at noise 1 (places as the preset draws them), tells each fit a PSF that
+is off by some percent, and prints of every set the fitted parameters with their errors, then of each
+parameter the mean, its standard error, and the share within three stated errors of the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+
+import dscsnet_jax as dj
+from dscsnet_jax.physics.psf_coordinates import coordinates
+
+NOISE = 1.0
+PSFS = {  # the true one, and the first guess
+    "gaussian": (dj.Gaussian(0.5), dj.Gaussian(0.515)),
+    "two widths": (dj.Gaussian((0.45, 0.55)), dj.Gaussian((0.5, 0.5))),
+    "rotated": (dj.rotated_gaussian((0.45, 0.6), 30.0), dj.rotated_gaussian((0.5, 0.58), 20.0)),
+    "moffat": (dj.Moffat(1.18, 2.5), dj.Moffat(1.1, 3.0)),
+    "airy": (
+        dj.airy(1.05, obscuration=0.3, jitter=0.25),
+        dj.airy(1.15, obscuration=0.3, jitter=0.2),
+    ),
+    "mixture": (
+        dj.GaussianMixture(np.array([0.8, 0.2]), np.array([0.45, 1.0])),
+        dj.GaussianMixture(np.array([0.7, 0.3]), np.array([0.5, 0.9])),
+    ),
+}
+
+
+def main() -> None:
+    """Print a line for each set and for each parameter."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", type=int, default=20)
+    parser.add_argument("--num", type=int, default=200, help="frames of a set")
+    parser.add_argument("--psf", choices=PSFS, default="gaussian")
+    args = parser.parse_args()
+    true, guess = PSFS[args.psf]
+    preset = dj.get_preset("csist_float", read_noise=NOISE)
+    known = dataclasses.replace(preset.known, psf=guess)
+    make = jax.jit(functools.partial(dj.simulate, preset))
+    options = dj.Options(fit_psf=True)
+    found, start = [], time.perf_counter()
+    for number in range(args.sets):
+        keys = dj.frame_keys(0, "val", number * args.num + np.arange(args.num))
+        frames = np.asarray(make(keys, psf=true).frames)
+        with_fit = dj.unmix(frames, known, estimate="map", options=options)
+        parameters = with_fit.psf_parameters or {}
+        found.append(list(parameters.values()))
+        told = ", ".join(f"{n} {v:.5f} +- {s:.5f}" for n, (v, s) in parameters.items())
+        print(f"{number}: {told}", flush=True)
+    seconds = (time.perf_counter() - start) / args.sets
+    free = coordinates(jax.tree.map(np.float32, true))
+    truth = free.errors(np.ones(len(free.names)))
+    print(f"{args.psf}, {args.sets} sets of {args.num} frames, {seconds:.0f} s each")
+    for name, values in zip(truth, np.moveaxis(np.array(found), 1, 0), strict=True):
+        off, std = values[:, 0] / truth[name][0] - 1, values[:, 1] / abs(truth[name][0])
+        error = 100 * off.std(ddof=1) / len(off) ** 0.5
+        within = 100 * np.mean(np.abs(off) < 3 * std)
+        scatter, stated = 100 * off.std(ddof=1), 100 * np.median(std)
+        print(
+            f"{name}: bias {100 * off.mean():+.3f} +- {error:.3f} %, scatter {scatter:.3f} %, "
+            f"stated {stated:.3f} %, within 3 stated errors {within:.0f} %"
+        )
+
+
+if __name__ == "__main__":
+    main()
