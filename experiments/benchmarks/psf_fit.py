@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/psf_fit.py --sets 20 --num 200 --psf gaussian
 
-makes sets of csist scenes at noise 1 (places as the preset draws them), tells each fit a PSF that
-is off by some percent, and prints of every set the fitted parameters with their errors, then of each
-parameter the mean, its standard error, and the share within three stated errors of the truth.
+makes sets of csist scenes at noise 1, tells each fit a PSF that is off by some percent, and prints
+of every set the fitted parameters with their errors, then of each parameter the mean, its standard
+error, and the share within three stated errors of the truth.
 """
 
 from __future__ import annotations
