@@ -38,6 +38,16 @@ def test_other_names_are_none_of_it() -> None:
 
 
 @pytest.mark.slow
+def test_a_number_will_do_for_a_gaussian_psf() -> None:
+    truth = dj.from_lists([[(3.1, 2.6, 60.0)]])
+    seen = dj.observe(dj.render(truth, frame_size=7, psf=0.5), dj.Sensor(1.0, background=0.0))
+    one, other = (dj.fit(seen, truth, dj.Known(psf)) for psf in (0.5, dj.Gaussian(0.5)))
+    np.testing.assert_array_equal(one.targets.position, other.targets.position)
+    with pytest.raises(ValueError, match="needs a PSF"):
+        dj.fit(seen, truth, dj.Known())
+
+
+@pytest.mark.slow
 def test_log_evidence_has_a_derivative_by_every_number_of_what_is_known(x64: None) -> None:
     """By differences, leaf by leaf: optics, sensor (maps too) and scene."""
     rng = np.random.default_rng(0)

@@ -34,10 +34,11 @@ def run(args: argparse.Namespace) -> int:
     known = options.known_of(args, known)
     how = options.method_arguments(args, return_maps=True)
     size = len(split.frames) if args.fit_psf else max(args.block or 1, progress.RUN)
-    answers = [
-        unmix(frames, known, **how)
-        for frames in progress.tracked(progress.runs_of(split.frames, max(size, 1)), "unmixing")
-    ]
+    known.checked(split.frames.shape)
+    answers, first = [], 0
+    for frames in progress.tracked(progress.runs_of(split.frames, max(size, 1)), "unmixing"):
+        answers.append(unmix(frames, known.of_frames(first, first + len(frames)), **how))
+        first += len(frames)
     name = scoring.label(args.method, args.estimate, args.readout)
     with progress.stage("scoring"):
         maps = [answer.maps for answer in answers if answer.maps is not None]

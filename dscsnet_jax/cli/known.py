@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
             prepare_output(path, force=args.force)
     presets = options.known_presets()
     known = presets[args.name].known if args.name in presets else Known.from_json(args.name)
+    if args.out is not None:  # large arrays go beside it
+        prepare_output(args.out.with_suffix(".npz"), force=args.force)
     if args.plot is not None and known.psf is None:
         raise ValueError(f"{args.name} tells no PSF that could be drawn")
     if args.action == "check":

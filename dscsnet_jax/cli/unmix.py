@@ -13,6 +13,7 @@ import numpy as np
 from dscsnet_jax.cli import options, progress
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.estimation.unmix import unmix
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.io.catalog import (
     Catalog,
     concatenate,
@@ -20,16 +21,26 @@ from dscsnet_jax.io.catalog import (
     write_catalog,
 )
 from dscsnet_jax.io.frames import FrameStack, read_many
+from dscsnet_jax.physics.sensor import PER_PIXEL
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, unmix, write the catalog and print a summary."""
+    known = options.known_of(args)
     if args.out:
         prepare_catalog(args.out, force=args.force)
     with progress.stage("reading"):
         stacks = read_many(args.paths, mask_invalid=args.mask_invalid)
-    pieces = [piece for stack in stacks for piece in _pieces(stack, args)]
-    answers = [_answer(piece, args) for piece in progress.tracked(pieces, "unmixing")]
+    told = [_known_of(stack, known, alone=len(stacks) == 1) for stack in stacks]
+    pieces, some = [], []
+    for stack, of_stack in zip(stacks, told, strict=True):
+        first = 0
+        for piece in _pieces(stack, args):
+            pieces.append(piece)
+            some.append(of_stack.of_frames(first, first + len(piece)))
+            first += len(piece)
+    work = progress.tracked(list(zip(pieces, some, strict=True)), "unmixing")
+    answers = [_answer(piece, of_piece, args) for piece, of_piece in work]
     catalog = concatenate(
         [answer.catalog(piece.names) for piece, answer in zip(pieces, answers, strict=True)]
     )
@@ -53,11 +64,19 @@ def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:
     ]
 
 
-def _answer(stack: FrameStack, args: argparse.Namespace) -> UnmixResult:
-    known = options.known_of(args)
+def _known_of(stack: FrameStack, known: Known, *, alone: bool) -> Known:
+    """What is known of a stack of frames; refused, before any work, if it is of others."""
+    known.checked((len(stack), *stack.frames.shape[1:]))
+    several = [n for n in PER_PIXEL if np.ndim(getattr(known.sensor, n)) in (1, 3)]
+    if several and not alone:
+        raise ValueError(f"{several[0]} of each frame: frames of one size and type are needed")
     if np.isfinite(stack.full_well) and known.sensor.saturation is None:
         sensor = dataclasses.replace(known.sensor, saturation=stack.full_well)
         known = dataclasses.replace(known, sensor=sensor)
+    return known
+
+
+def _answer(stack: FrameStack, known: Known, args: argparse.Namespace) -> UnmixResult:
     return unmix(
         stack.frames,
         known,

@@ -15,6 +15,7 @@ from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.tempered import Tempered, tempered
+from dscsnet_jax.io.frames import full_well
 from dscsnet_jax.physics.psf import as_psf, require
 
 _MOST = 5  # targets that are tried where nothing is known of their number
@@ -52,10 +53,15 @@ def bayes_limit(
     """
     require(known.psf is not None, "the limit needs a PSF, and what is known has none")
     y = recorded(frames, known.sensor.bad_pixels, mask_invalid=False)
-    known.checked(y.shape)
+    sensor = known.sensor
+    if sensor.saturation is None:
+        sensor = dataclasses.replace(sensor, saturation=full_well(getattr(frames, "dtype", float)))
+    known = dataclasses.replace(known, psf=as_psf(known.psf), sensor=sensor).checked(y.shape)
     told, seen = known.for_windows(), observed(y, known.sensor)
     if count is not None:
         number = np.asarray(count, int)
+        right = number.shape == (len(y),) and bool((number >= 0).all())
+        require(right, f"count must be a number for each of {len(y)} frames, got {number.shape}")
         slots = int(number.max(initial=1))
         found = _tempered(seen, number, slots, told, seed)
         chance = (number[:, None] == np.arange(slots + 1)).astype(float)
@@ -72,8 +78,7 @@ def bayes_limit(
         best = np.searchsorted(tried, chance.argmax(1))
         stacked = jax.tree.map(lambda *a: np.stack(a), *answers)
         found = jax.tree.map(lambda a: a[best, np.arange(len(y))], stacked)
-    known = dataclasses.replace(known, psf=as_psf(known.psf))
-    return solved_result(_solved(found, chance, seen, told), known)
+    return solved_result(_solved(found, chance, seen, told), known, start="prior")
 
 
 def _tempered(seen: Any, number: np.ndarray, slots: int, told: Known, seed: int) -> Tempered:

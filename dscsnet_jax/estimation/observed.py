@@ -26,9 +26,11 @@ def recorded(frames: Any, bad_pixels: Any, *, mask_invalid: bool) -> np.ndarray:
 
 def observed(y: np.ndarray, sensor: Sensor) -> Observation:
     """The frames with their sensor, block by block."""
-    told = {name: getattr(sensor, name) for name in PER_PIXEL}
-    of_frames = {name: v for name, v in told.items() if np.ndim(v) in (1, 3)}
-    shared = dataclasses.replace(sensor, **dict.fromkeys(of_frames))
+    given = {name: getattr(sensor, name) for name in PER_PIXEL}
+    told = {name: np.asarray(v, np.float32) for name, v in given.items() if v is not None}
+    of_frames = {name: v for name, v in told.items() if v.ndim in (1, 3)}
+    fields: dict[str, Any] = told | dict.fromkeys(of_frames)
+    shared = dataclasses.replace(sensor, **fields)
     numbers = dataclasses.replace(shared, bad_pixels=None)
     numbers = jax.tree.map(lambda a: np.asarray(a, np.float32), numbers)
     shared = dataclasses.replace(numbers, bad_pixels=sensor.bad_pixels)

@@ -25,6 +25,7 @@ _REACHES = (0.3, 0.1)  # of the width's logarithm, in each pass
 _STEPS = 8  # most, of all parameters
 _FARTHEST = 0.15  # that a coordinate may move in a step, or three standard errors
 _DONE = 0.3  # standard errors of a last step
+_ENOUGH = 10  # windows for each parameter, whose scatter tells the errors
 _LEAST = 1e-4  # of a direction's information, against the best known one: else it stays
 
 
@@ -119,7 +120,7 @@ def fit_psf(
         ).x
     psf = _widened(known.psf, np.exp(np.float32(log_factor)))
     free = coordinates(psf)
-    values, std = np.asarray(free.values, float), np.full(len(free.names), np.inf)
+    values, covariance = np.asarray(free.values, float), np.diag([np.inf] * len(free.names))
     for number in range(_STEPS):
         trial = _with(known, free.psf(jnp.asarray(values, np.float32)))
         if number == 1:  # the shape may ask for other counts
@@ -130,34 +131,38 @@ def fit_psf(
             scores.append(sampled_windows(w, trial, seed=seed, psf_slope=True).psf_slope)
             part = in_blocks(_information, (f, w.observation), trial, size=windows_per_block())
             information += part.sum(0, dtype=float)
-        step, std = _newton(np.concatenate(scores).astype(float), information)
+        step, covariance = _newton(np.concatenate(scores).astype(float), information)
         values = values + step
-        if (np.abs(step) < _DONE * std).all() and number:
+        if number and (np.abs(step) <= _DONE * np.sqrt(np.diagonal(covariance))).all():
             break
     at = free._replace(values=jnp.asarray(values, np.float32))
-    return PsfFit(_with(known, at.psf(at.values)), targets, at.errors(std))
+    return PsfFit(_with(known, at.psf(at.values)), targets, at.errors(covariance))
 
 
 def _newton(scores: np.ndarray, information: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Newton's step (P,) by the windows' slopes (W, P) and information, and the standard errors.
+    """Newton's step (P,) by the windows' slopes (W, P) and information; covariance (P, P) there.
 
-    Directions of which the windows tell next to nothing are left alone. The errors are those
-    that the scatter of the slopes tells, whatever the information (a sandwich).
+    Directions of which the windows tell next to nothing are left alone. The covariance is what
+    the scatter of the slopes tells, whatever the information (a sandwich); of few windows it is no
+    less than the information says.
     """
+    number, size = scores.shape
     slope, off = scores.sum(0), scores - scores.mean(0)
     scale = np.sqrt(np.diagonal(information))
     scale = np.where(scale > 0, scale, 1)
     share, axes = np.linalg.eigh(information / np.outer(scale, scale))
     told = share > _LEAST * max(share[-1], 1e-30)
     inverse = np.where(told, 1 / np.where(told, share, 1), 0)
-    covariance = (axes * inverse) @ axes.T / np.outer(scale, scale)
-    std = np.sqrt(np.diagonal(covariance @ (off.T @ off) @ covariance))
-    unknown = (axes[:, ~told] ** 2).sum(1) > 0.5
-    std = np.where(unknown | (std == 0), np.inf, std)
-    step = covariance @ slope
-    scaled = np.where(np.isfinite(std), np.maximum(_FARTHEST, 3 * std), 1)
-    longest = np.abs(step / scaled).max(initial=0)
-    return step / max(longest, 1), std
+    naive = (axes * inverse) @ axes.T / np.outer(scale, scale)
+    covariance = naive @ (off.T @ off) @ naive * number / max(number - 1, 1)
+    if number < _ENOUGH * size:
+        covariance = covariance + naive
+    unknown = ((axes[:, ~told] ** 2).sum(1) > 0.5) | (np.diagonal(naive) == 0)
+    covariance[unknown, unknown] = np.inf
+    step = np.where(unknown, 0, naive @ slope)
+    std = np.sqrt(np.diagonal(covariance))
+    farthest = np.where(np.isfinite(std), np.maximum(_FARTHEST, 3 * std), 1)
+    return step / max(np.abs(step / farthest).max(initial=0), 1), covariance
 
 
 def _with(known: Known, psf: Any) -> Known:

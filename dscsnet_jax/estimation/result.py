@@ -15,7 +15,7 @@ from dscsnet_jax.estimation.groups import linked, reach_of_groups
 from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources, widest_of
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.observation import Observation, root_mean_square
 from dscsnet_jax.io.catalog import Catalog, as_arrow, as_astropy, from_targets
 from dscsnet_jax.physics.targets import Targets
 
@@ -55,7 +55,7 @@ class UnmixResult:
       crowded: (B, K) bool, target of a group too large to be fitted at once: it was split.
       truncated: (B,) bool, more targets than `max_targets`: the weakest are missing.
       invalid: (B,) bool, the frame had NaN or Inf pixels that were left out, not known to be bad.
-      start: (B,) text, where the first targets came from: `network` or `detection`.
+      start: (B,) text, where the first targets came from: `network`, `detection` or `prior`.
       known: what was known of optics, sensor and scene, the PSF as given or fitted.
       psf_parameters: of a fitted PSF by name: value and standard error; None: none was fitted.
       samples: (B, S, K, 3) of the posterior: row, col (pixels) and intensity (counts) of the
@@ -125,7 +125,10 @@ class UnmixResult:
 
     def _repr_html_(self) -> str:
         """Its table, as notebooks show it."""
-        lines = self.to_table().pformat(max_lines=_SHOWN, html=True, show_unit=True)
+        try:
+            lines = self.to_table().pformat(max_lines=_SHOWN, html=True, show_unit=True)
+        except ImportError:  # without the extra `catalog`
+            lines = []
         return "\n".join([f"<p>{html.escape(repr(self))}</p>", *lines])
 
     def _sizes(self, targets: int) -> tuple[tuple[int, str], ...]:
@@ -244,13 +247,15 @@ def _common(
     """What is told of any answer."""
     sigma = np.asarray(known.psf.width)
     bad = False if known.sensor.bad_pixels is None else np.asarray(known.sensor.bad_pixels)
+    if np.ndim(known.sensor.read_noise) > 1:  # a pixel without an error is told to tell nothing
+        bad = bad | ~np.isfinite(known.sensor.read_noise)
     used, left = _left(seen, source)
     return {
         "targets": targets,
         "residual": np.sqrt((left**2).sum((1, 2), where=used) / np.maximum(used.sum((1, 2)), 1)),
         "pedestal": seen.pedestal.mean((1, 2)),
         "background": seen.background.mean((1, 2)),
-        "noise": np.sqrt((seen.noise**2).mean((1, 2))),
+        "noise": root_mean_square(seen.noise, seen.valid),
         "sigma": np.broadcast_to(sigma, (len(seen.counts), 2)),
         "near_edge": _near_edge(targets, seen.counts.shape[1:], sigma),
         "saturated": _near_saturated(targets, seen.saturated),

@@ -136,6 +136,8 @@ def unmix(
     """
     known, options = known or Known(), options or Options()
     _check_choices(method, estimate, options.readout)
+    if method == "grid" and (options.samples or options.fit_psf):
+        raise ValueError("the method 'grid' has no samples, and fits no PSF")
     if max_targets is not None and max_targets < 1:
         raise ValueError(f"max_targets must be at least 1, got {max_targets}")
     y = recorded(frames, known.sensor.bad_pixels, mask_invalid=mask_invalid)

@@ -27,7 +27,7 @@ from dscsnet_jax.estimation.groups import (
     ranks,
     reach_of_groups,
 )
-from dscsnet_jax.inference.observation import PER_PIXEL, Observation
+from dscsnet_jax.inference.observation import PER_PIXEL, Observation, root_mean_square
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.psf import Psf, support
 from dscsnet_jax.physics.targets import Targets, from_arrays
@@ -220,7 +220,7 @@ def highest(windows: Windows, image: np.ndarray) -> np.ndarray:
 
 def noise_of(windows: Windows) -> np.ndarray:
     """(W,) read noise of each window, counts: its root mean square."""
-    return np.sqrt((windows.observation.noise**2).mean((1, 2)))
+    return root_mean_square(windows.observation.noise, windows.observation.valid)
 
 
 def padded(

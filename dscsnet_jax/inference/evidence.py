@@ -126,8 +126,9 @@ def psf_information(best: Fit, observation: Observation, known: Known) -> jax.Ar
         given = pixels.likelihoods(seen, gain, model.censors, source, theta[-1])
         weighted = by_psf * given.information.reshape(-1, 1)
         unit, scale = scaled(model.quadratic(theta).information, present_of(mask))
-        cross = (by_theta * scale[None]).T @ weighted
-        return by_psf.T @ weighted - cross.T @ jnp.linalg.solve(unit, cross)
+        with jax.default_matmul_precision("highest"):
+            cross = (by_theta * scale[None]).T @ weighted
+            return by_psf.T @ weighted - cross.T @ jnp.linalg.solve(unit, cross)
 
     return jax.vmap(one)(best.theta, best.targets.mask, observation)
 

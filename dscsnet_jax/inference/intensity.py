@@ -156,7 +156,8 @@ class Histogram:
           ValueError: for edges that do not rise from at least 0, or shares of no density.
         """
         edges, share = np.asarray(self.edges), np.asarray(self.share)
-        if not (edges.shape == (len(share) + 1,) and edges[0] >= 0 and (np.diff(edges) > 0).all()):
+        rising = edges.shape == (len(share) + 1,) and (np.diff(edges) > 0).all()
+        if not (rising and edges[0] >= 0 and edges[-1] < np.inf):
             raise ValueError(f"edges must rise from at least 0, one more than shares, got {edges}")
         if not ((share >= 0).all() and 0 < share.sum() < np.inf):
             raise ValueError(f"shares must be relative probabilities, got {share}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dscsnet_jax.inference.prior import ScenePrior, preset_prior
 from dscsnet_jax.io.plain import read_plain, write_plain
 from dscsnet_jax.physics.preset import Preset, Sensor
 from dscsnet_jax.physics.psf import Gaussian, as_psf, require
-from dscsnet_jax.physics.sensor import checked
+from dscsnet_jax.physics.sensor import PER_PIXEL, checked
 
 
 @flax.struct.dataclass
@@ -56,6 +57,12 @@ class Known:
             require(right, f"the PSF must have positive parameters, got {self.psf}")
         checked(self.sensor, shape)
         return self
+
+    def of_frames(self, first: int, last: int) -> Known:
+        """What is known of some of the frames: of numbers and planes of each frame, theirs."""
+        fields = {name: getattr(self.sensor, name) for name in PER_PIXEL}
+        some = {name: v[first:last] for name, v in fields.items() if np.ndim(v) in (1, 3)}
+        return dataclasses.replace(self, sensor=dataclasses.replace(self.sensor, **some))
 
     def for_windows(self) -> Known:
         """What an `Observation` does not hold, as float32: all that programs of windows ask for.

@@ -150,6 +150,8 @@ PRIOR_UNITS = {
     "places": "",
 }
 _KINDS = {"psf": PSF_KINDS, "prior.intensity": INTENSITY_KINDS}
+_TRUTH = frozenset({"quantised"})
+_WHOLE = frozenset({"num_terms", "half", "over", "oversampling"})
 _TEXT = frozenset({"kind", "places", "values", "array"})
 
 
@@ -183,7 +185,9 @@ def read(tree: dict[str, Any], folder: Path) -> tuple[Any, Sensor, ScenePrior]:
     """
     _known_fields("the file", tree, ("version", "units", "psf", "sensor", "prior"))
     version = tree.get("version")
-    require(version == VERSION, f"version must be {VERSION}, got {version!r}")
+    require(
+        version == VERSION and version is not True, f"version must be {VERSION}, got {version!r}"
+    )
     parts = {name: _object(name, tree.get(name)) for name in ("psf", "sensor", "prior", "units")}
     intensity = _object("prior.intensity", parts["prior"].get("intensity"))
     _known_fields("sensor", parts["sensor"], SENSOR_UNITS)
@@ -270,5 +274,11 @@ def _check_values(where: str, part: dict[str, Any]) -> None:
             _check_values(f"{where}.{name}", value)
             continue
         text = isinstance(value, str) and name in _TEXT
-        right = value is None or isinstance(value, int | float | np.ndarray) or text
+        truth = isinstance(value, bool) and name in _TRUTH
+        number = isinstance(value, int | float | np.ndarray) and not isinstance(value, bool)
+        right = value is None or number or text or truth
         require(right, f"{where}.{name} must be a number or a list of them, got {value!r}")
+        huge = isinstance(value, int) and abs(value) > 2**53
+        require(not huge, f"{where}.{name} is beyond what a number holds, got {value!r}")
+        whole = name not in _WHOLE or value is None or (value >= 1 and value % 1 == 0)
+        require(whole, f"{where}.{name} must be a positive whole number, got {value!r}")

@@ -33,7 +33,7 @@ from dscsnet_jax.inference.lanes import materialised, sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.places import Square, log_sequential
 from dscsnet_jax.inference.theta import pairs_of, parts_of, spread, theta_of, with_jacobian
-from dscsnet_jax.physics.psf import Psf, Terms
+from dscsnet_jax.physics.psf import Psf, Terms, as_psf, require
 from dscsnet_jax.physics.targets import Targets
 
 SOFT, HARD = 0.03, 0.0005
@@ -362,6 +362,8 @@ def scene_model(
       softness: of the prior's limits, pixels.
       uniform: see `SceneModel`.
     """
+    require(known.psf is not None, "the scene model needs a PSF, and what is known has none")
+    known = dataclasses.replace(known, psf=as_psf(known.psf))
     known = jax.tree.map(lambda a: jnp.asarray(a, seen.counts.dtype), known)
     scale, censors = pixels.all_counts(seen, known.effective_gain), seen.saturated.any()
     return SceneModel(seen, mask, known, known.psf.terms(), scale, censors, softness, uniform)

@@ -11,6 +11,7 @@ reference, slower by far than a fit with chains around it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
+from dscsnet_jax.inference.lanes import lanes_last, to_lanes
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.sampler import streams
 from dscsnet_jax.inference.scene_model import HARD, SceneModel, scene_model
@@ -35,7 +36,9 @@ _MOST_STEPS = 200
 _LAST_STEPS = 8  # of moves alone, at the end
 _TRIES = 24  # of places for a first target that keeps its distance
 _ACCEPTANCE = 0.25
-_CHAINS = 4  # groups of particles by which a summary tells how well they agree
+_POPULATIONS = 4  # of a window's particles
+_AGREE = 1.5  # populations, in effect, that have the same evidence
+_BEYOND = -50.0  # log prior of places that break its limits
 _BISECTIONS = 30
 _NUMBERINGS = 6  # of the targets of all particles, each nearer to their means
 
@@ -44,7 +47,8 @@ class Tempered(NamedTuple):
     """What particles tell of B windows.
 
     Attributes:
-      posterior: means, errors and intervals; its samples are the particles.
+      posterior: means, errors and intervals; its samples are the particles. It has converged
+        where populations have the same evidence within some e-folds; R-hat tells nothing.
       log_evidence: (B,) of the pixels given the number of targets, natural logarithms without
         `-1/2 log(2 pi)` of each pixel.
       log_likelihood: (B,) its posterior mean; over many windows that of the true scenes.
@@ -60,13 +64,15 @@ class Tempered(NamedTuple):
 class _State(NamedTuple):
     """Particles of L windows: places (D, P, L), their log likelihood and prior (P, L).
 
-    And of the windows (L,): power, log evidence so far, logarithm of the length of moves, steps
-    that are left at the end, and those done; `number` is that of steps of all.
+    A log weight (P, L) of the first step, which is 0 later. Of the windows (L,): power, log
+    evidence so far, logarithms of the lengths of moves (kinds, L), steps that are left at the
+    end, and those done; `number` is that of the steps of all.
     """
 
     theta: jax.Array
     like: jax.Array
     prior: jax.Array
+    weight: jax.Array
     beta: jax.Array
     log_z: jax.Array
     log_length: jax.Array
@@ -94,7 +100,7 @@ def tempered(
       mask: (B, K) bool, the targets there are.
       known: PSF, sensor's gain and scene prior.
       key: PRNG key; each window's stream also depends on its recorded pixels.
-      num_particles: of each window, a multiple of 8.
+      num_particles: of each window, a multiple of 8, in four populations that never meet.
       num_moves: of half of the particles, after each step.
 
     Returns:
@@ -116,46 +122,56 @@ def tempered(
       P. Del Moral, A. Doucet, A. Jasra, J. R. Stat. Soc. B 68 (2006) 411;
       C. J. F. ter Braak, Stat. Comput. 16 (2006) 239 (differential evolution).
     """
-    if num_particles % 8 or num_particles < 8:
+    if num_particles % (2 * _POPULATIONS) or num_particles < 8:
         raise ValueError(f"num_particles must be a multiple of 8, got {num_particles}")
-    keys = streams(key, windows)
+    num_windows = mask.shape[0]
+    # Populations that never meet: where they agree, they can be believed.
+    windows, mask = jax.tree.map(
+        lambda a: jnp.concatenate([jnp.asarray(a)] * _POPULATIONS), (windows, mask)
+    )
+    population = jnp.repeat(jnp.arange(_POPULATIONS), num_windows)
+    keys = jax.vmap(jax.random.fold_in)(streams(key, windows), population)
+    number = num_particles // _POPULATIONS
     seen, present = jax.tree.map(lambda a: to_lanes(a)[..., None, :], (windows, mask))
     model = scene_model(seen, present, known, softness=HARD, uniform=True)
     draws = partial(_draws, keys, dtype=seen.counts.dtype)
-    theta = _from_prior(model, draws, num_particles)
+    theta, weight = _from_prior(model, draws, number)
     like, prior = _densities(model, theta)
     zero = jnp.zeros(like.shape[-1], like.dtype)
     whole = jnp.zeros(zero.shape, jnp.int32)
     first = jnp.zeros((), jnp.int32)
-    length = jnp.zeros((len(_KINDS), *zero.shape), zero.dtype)
-    state = _State(theta, like, prior, zero, zero, length, whole + _LAST_STEPS, whole, first)
+    length = jnp.zeros((len(_KINDS), *zero.shape), zero.dtype)  # logarithms
+    last = whole + _LAST_STEPS
+    state = _State(theta, like, prior, weight, zero, zero, length, last, whole, first)
     move = partial(_move, model=model, draws=draws)
 
     def step(state: _State) -> _State:
         active = state.left > 0
-        number = state.number + 1
+        turn = state.number + 1
         beta = _next_power(state.like, state.beta)
-        # Particles beyond the prior's limits carry no weight.
-        weight = jnp.where(state.prior > -jnp.inf, (beta - state.beta) * state.like, -jnp.inf)
-        log_mean = jax.nn.logsumexp(weight, axis=0) - jnp.log(num_particles)
-        index = _resampled(weight, draws(number, 0, (1,))[0])
+        # Draws that found no place carry no weight.
+        weight = state.weight + (beta - state.beta) * state.like
+        weight = jnp.where(state.prior > _BEYOND, weight, -jnp.inf)
+        log_mean = jax.nn.logsumexp(weight, axis=0) - jnp.log(number)
+        index = _resampled(weight, draws(turn, 0, (1,))[0])
         theta = jnp.take_along_axis(state.theta, index[None], 1)
         like, prior = (jnp.take_along_axis(a, index, 0) for a in (state.like, state.prior))
-        new = state._replace(theta=theta, like=like, prior=prior, beta=beta)
-        new = jax.lax.fori_loop(0, num_moves, lambda i, s: move(s, number=number, index=i), new)
+        none = jnp.zeros_like(like)
+        new = state._replace(theta=theta, like=like, prior=prior, weight=none, beta=beta)
+        new = jax.lax.fori_loop(0, num_moves, lambda i, s: move(s, number=turn, index=i), new)
         new = new._replace(
             log_z=state.log_z + log_mean,
             left=state.left - (beta >= 1),
             steps=state.steps + 1,
         )
         kept = jax.tree.map(lambda a, b: jnp.where(active, a, b) if a.ndim else a, new, state)
-        return kept._replace(number=number)  # of all: what is drawn goes by it
+        return kept._replace(number=turn)  # of all: what is drawn goes by it
 
     def going(state: _State) -> jax.Array:
         return (state.left > 0).any() & (state.number < _MOST_STEPS)
 
     state = jax.lax.while_loop(going, step, state)
-    return _described(state, model, draws)
+    return _described(state, model, draws, num_windows)
 
 
 def _draws(
@@ -175,32 +191,43 @@ def _densities(model: SceneModel, theta: jax.Array) -> tuple[jax.Array, jax.Arra
     return model.log_likelihood(theta), model.log_prior(theta) + model.log_squares(theta)
 
 
-def _from_prior(model: SceneModel, draws: Callable[..., jax.Array], number: int) -> jax.Array:
-    """Particles (D, P, L) drawn from the prior, places jointly."""
+def _from_prior(
+    model: SceneModel, draws: Callable[..., jax.Array], number: int
+) -> tuple[jax.Array, jax.Array]:
+    """Particles (D, P, L) drawn from the prior, and their log weights for joint places (P, L).
+
+    Targets are placed one after the other, each at the first of some places that is free.
+    """
     prior, mask = model.known.prior, model.mask
     slots = mask.shape[0]
-    rows, cols = model.seen.counts.shape[:2]
     u = draws(0, 1, (3, number))
+    shape = jnp.asarray(model.seen.counts.shape[:2], u.dtype).reshape(2, 1, 1)
     if prior.cluster_size is None:
-        low = jnp.full((2, *u.shape[1:]), -0.5, u.dtype)
-        size = jnp.asarray([rows, cols], u.dtype).reshape(2, 1, 1)
+        low, size = jnp.full_like(u[:2], -0.5), shape
     else:
         size = jnp.broadcast_to(jnp.asarray(prior.cluster_size, u.dtype), (2, 1, 1))
-        shape = jnp.asarray([rows, cols], u.dtype).reshape(2, 1, 1)
         low = shape * u[:2] - 0.5 - size / 2
         if prior.cluster_offset is not None:
             low = jnp.floor(shape * u[:2]) + prior.cluster_offset
-    tries = draws(0, 2, (_TRIES, 2, slots, number))
-    place = low[None, :, None] + size[None, :, None] * tries
-    apart = ((place[:, :, :, None] - place[:, :, None]) ** 2).sum(1)
-    both = mask[:, None] & mask[None] & ~jnp.eye(slots, dtype=bool)[..., None, None]
-    fine = ((apart >= prior.separation**2) | ~both[None]).all((1, 2))
-    first = jnp.argmax(fine, 0)
-    place = jnp.take_along_axis(place, first[None, None, None], 0)[0]
+    tries = low[:, None, None] + size[:, None, None] * draws(0, 2, (2, slots, _TRIES, number))
+    placed = [tries[:, 0, 0]]
+    for slot in range(1, slots):
+        apart = jnp.stack([((tries[:, slot] - p[:, None]) ** 2).sum(0) for p in placed])
+        free = ((apart >= prior.separation**2) | ~mask[:slot, None]).all(0)
+        first = jnp.argmax(free, 0)
+        placed.append(jnp.take_along_axis(tries[:, slot], first[None, None], 1)[:, 0])
+    place = jnp.stack(placed, 1)
     v = draws(0, 3, (slots, number))
     row, col, v = (jnp.where(mask, a, 0) for a in (place[0], place[1], v))
     normal = jax.scipy.special.ndtri(jnp.clip(u[2], 1e-6, 1 - 1e-6))
-    return _sorted(theta_of(row, col, v, normal), mask)[0]
+    theta = _sorted(theta_of(row, col, v, normal), mask)[0]
+    if prior.cluster_size is None:
+        return theta, jnp.broadcast_to(model.log_free_share(), theta.shape[1:])
+    one_by_one = dataclasses.replace(
+        model.known, prior=dataclasses.replace(prior, places="sequential")
+    )
+    sequential = dataclasses.replace(model, known=one_by_one)
+    return theta, jnp.broadcast_to(-sequential.log_places(theta), theta.shape[1:])
 
 
 def _next_power(like: jax.Array, beta: jax.Array) -> jax.Array:
@@ -266,7 +293,7 @@ def _move(
     like, prior = _densities(model, proposed)
     like = jnp.where(jnp.isfinite(like), like, -jnp.inf)
     gain = state.beta * (like - state.like[:half]) + prior - state.prior[:half]
-    gain = jnp.where(prior > -jnp.inf, gain, -jnp.inf)
+    gain = jnp.where(_inside(proposed, model), gain, -jnp.inf)
     accepted = (jnp.log(u[-1]) < gain) & (fine | ~ordered)
 
     def joined(new: jax.Array, old: jax.Array, rest: jax.Array, axis: int) -> jax.Array:
@@ -280,6 +307,18 @@ def _move(
         prior=joined(prior, state.prior[:half], state.prior[half:], 0),
         log_length=state.log_length.at[index % len(kinds)].set(jnp.clip(learned, -4, 1)),
     )
+
+
+def _inside(theta: jax.Array, model: SceneModel) -> jax.Array:
+    """(P/2, L) bool: within what the prior is drawn from, where its density has no such wall."""
+    row, col, v, _ = parts_of(theta)
+    fine = jnp.ones(theta.shape[1:], bool)
+    if model.known.prior.intensity is None:
+        fine &= (~model.mask | ((v >= 0) & (v <= 1))).all(0)
+    if model.known.prior.cluster_size is None:
+        for place, last in zip((row, col), model.seen.counts.shape, strict=False):
+            fine &= (~model.mask | ((place >= -0.5) & (place <= last - 0.5))).all(0)
+    return fine
 
 
 _Proposal = tuple[jax.Array, jax.Array]
@@ -348,7 +387,14 @@ def _redrawn(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _
             model.square(place).begin + prior.cluster_size * x
             for place, x in zip((row, col), u, strict=False)
         )
-    row, col = (jnp.where(one, a, place) for a, place in zip(new, (row, col), strict=True))
+    moved = [jnp.where(one, a, place) for a, place in zip(new, (row, col), strict=True)]
+    if prior.cluster_offset is not None:  # the way back must begin from the same square
+        kept = []
+        for after, before in zip(moved, (row, col), strict=True):
+            same = jnp.abs(model.square(after).begin - model.square(before).begin) < 0.5
+            kept.append(jnp.where(same, after, before))
+        moved = kept
+    row, col = moved
     return theta_of(row, col, jnp.where(one, u[2], v), t), jnp.zeros((), bool)
 
 
@@ -387,25 +433,51 @@ _KINDS = (
 )
 
 
-def _described(state: _State, model: SceneModel, draws: Callable[..., jax.Array]) -> Tempered:
-    """Places weighed by their own density, and summed up."""
+def _described(
+    state: _State, model: SceneModel, draws: Callable[..., jax.Array], num_windows: int
+) -> Tempered:
+    """Places weighed by their own density, and the populations of each window summed up."""
     theta, like = state.theta, state.like
     number = like.shape[0]
-    log_weight = model.log_places(theta) + model.log_free_share()
-    log_weight = jnp.broadcast_to(log_weight, like.shape)
+    log_weight = jnp.broadcast_to(model.log_places(theta), like.shape)
     log_z = state.log_z + jax.nn.logsumexp(log_weight, axis=0) - jnp.log(number)
     index = _resampled(log_weight, draws(_MOST_STEPS, 0, (1,))[0])
     theta, like = jnp.take_along_axis(theta, index[None], 1), jnp.take_along_axis(like, index, 0)
-    order = jnp.argsort(draws(_MOST_STEPS, 1, (number,)), 0)  # groups are alike
-    theta = jnp.take_along_axis(theta, order[None], 1)
     slots = model.mask.shape[0]
+
+    def together(a: jax.Array) -> jax.Array:
+        """Values (..., L) of populations as (..., populations, windows)."""
+        return a.reshape(*a.shape[:-1], _POPULATIONS, num_windows)
+
     table = jnp.moveaxis(theta[:-1].reshape(slots, 3, *theta.shape[1:]), 2, 0)  # (P, K, 3, L)
-    best = jnp.argmax(like, 0)
-    reference = jnp.take_along_axis(table, best[None, None, None], 0)[0]
+    table = jnp.moveaxis(together(table), -2, 1)  # (P, populations, K, 3, windows)
+    flat = table.reshape(-1, *table.shape[2:])
+    best = jnp.argmax(together(like).reshape(-1, num_windows), 0)
+    reference = jnp.take_along_axis(flat, best[None, None, None], 0)[0]
+    # A population weighs as its evidence: one that has missed the scene does not count.
+    evidence = together(log_z)
+    share = jax.nn.softmax(evidence, axis=0)
+    each = jnp.broadcast_to(jnp.log(share)[None], (number, *share.shape))
+    u = draws(_MOST_STEPS, 1, (1,))[0, :num_windows]
+    index = _resampled(each.reshape(-1, num_windows), u)
+    order = jnp.argsort(draws(_MOST_STEPS, 2, (len(index),))[:, :num_windows], 0)
+    index = jnp.take_along_axis(index, order, 0)  # groups of a summary are alike
+    flat = jnp.take_along_axis(flat, index[:, None, None], 0)
+    seen, mask = jax.tree.map(lambda a: a[..., :num_windows], (model.seen, model.mask))
     for _ in range(_NUMBERINGS):
-        table = sorted_out(table, reference, model.mask[:, 0])
-        reference = table.mean(0)
-    table = table.reshape(number // _CHAINS, _CHAINS, *table.shape[1:])
-    none = jnp.zeros_like(state.beta)
-    posterior = summarise(table, model, none, none[None][:0], keep_samples=True)
-    return Tempered(posterior, *from_lanes((log_z, like.mean(0), state.steps)))
+        flat = sorted_out(flat, reference, mask[:, 0])
+        reference = flat.mean(0)
+    of_windows = scene_model(seen, mask, model.known, softness=HARD, uniform=True)
+    none = jnp.zeros(num_windows, like.dtype)
+    posterior = summarise(
+        flat.reshape(table.shape), of_windows, none, none[None][:0], keep_samples=True
+    )
+    effective = 1 / (share**2).sum(0)
+    posterior = dataclasses.replace(
+        posterior,
+        converged=together(state.beta >= 1).all(0) & (effective > _AGREE),
+        effective_sample_size=posterior.effective_sample_size * effective / _POPULATIONS,
+    )
+    log_z = jax.nn.logsumexp(evidence, axis=0) - jnp.log(_POPULATIONS)
+    steps = together(state.steps).max(0)
+    return Tempered(posterior, log_z, (share * together(like.mean(0))).sum(0), steps)

@@ -29,6 +29,9 @@ def write_plain(path: str | Path, tree: dict[str, Any]) -> None:
       path: the .json file; arrays go to the .npz of the same name.
       tree: dicts of dicts, numbers, text, None and arrays.
 
+    Raises:
+      ValueError: for another suffix.
+
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as home:
@@ -37,6 +40,8 @@ def write_plain(path: str | Path, tree: dict[str, Any]) -> None:
       np.int64(4950)
     """
     path = Path(path)
+    if path.suffix.lower() != ".json":
+        raise ValueError(f"{path}: expected the suffix .json, got {path.suffix!r}")
     beside, arrays = path.with_suffix(".npz"), {}
 
     def plain(value: Any, name: str) -> Any:
@@ -45,7 +50,7 @@ def write_plain(path: str | Path, tree: dict[str, Any]) -> None:
         if value is None or isinstance(value, str | bool | int):
             return value
         array = np.asarray(value)
-        if array.size <= _INLINE:
+        if array.size <= _INLINE and not (np.isnan(array) | (array == -np.inf)).any():
             return _listed(array.tolist())
         arrays[name] = array
         return {"file": beside.name, "name": name, "sha256": _digest(array)}
@@ -67,16 +72,27 @@ def read_plain(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a JSON file ({error.reason})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: line {error.lineno} is no JSON ({error.msg})") from error
     except RecursionError as error:
         raise ValueError(f"{path}: no JSON so deeply nested is read") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected an object {{...}}, got {type(tree).__name__}")
     return {key: _rich(value, path, key) for key, value in tree.items()}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object, none of them twice."""
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"field {', '.join(sorted(twice))} is there twice")
+    return dict(pairs)
 
 
 def _rich(value: Any, path: Path, name: str) -> Any:

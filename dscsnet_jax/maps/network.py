@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from dscsnet_jax.batching import frames_per_block
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.observation import Observation, root_mean_square
 from dscsnet_jax.inference.pixels import pixel_std
 from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
@@ -83,9 +83,7 @@ def read_maps(
     nominal = np.asarray(geometry.sigma, np.float32)
     operator = _operator(y.shape[1:], division=geometry.division, psf=nominal)
     model = _Model(network, jax.device_put(weights.params), operator)
-    noise = np.sqrt(
-        np.mean(pixel_std(observation, known.effective_gain) ** 2, (1, 2)), dtype=np.float32
-    )
+    noise = root_mean_square(pixel_std(observation, known.effective_gain), observation.valid)
     scale = np.asarray(network.scale(jnp.asarray(y), jnp.asarray(noise))) if len(y) else noise
     least, capacity = threshold, None
     if known.prior.intensity is not None:

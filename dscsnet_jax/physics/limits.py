@@ -310,7 +310,7 @@ def _inverse_root(root: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _require_noise(sensor: Sensor) -> None:
     """Refuse a sensor without any noise, unless its values are traced."""
     noisy = sensor.quantised or sensor.gain is not None
-    if not (noisy or isinstance(sensor.read_noise, jax.core.Tracer) or sensor.read_noise):
+    if not (noisy or isinstance(sensor.read_noise, jax.core.Tracer) or np.any(sensor.read_noise)):
         raise ValueError(
             "without noise the information is infinite: the sensor needs read_noise > 0, "
             "a gain or quantised=True"

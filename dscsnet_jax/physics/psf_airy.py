@@ -44,7 +44,7 @@ class Airy:
       M. Born, E. Wolf, Principles of Optics, 7th ed. (1999), sections 8.5.2 and 8.6.2.
     """
 
-    free: ClassVar[dict[str, str]] = {"resolution": "log", "jitter": "linear"}
+    free: ClassVar[dict[str, str]] = {"resolution": "log", "jitter": "square"}
 
     resolution: Any
     jitter: Any

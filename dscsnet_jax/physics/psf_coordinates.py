@@ -5,6 +5,7 @@ A class of PSFs says in `free`, a class attribute, how each of its fields is fre
 - `log`: positive numbers, by their logarithms;
 - `linear`: any numbers;
 - `degrees`: angles, in radians;
+- `square`: numbers of at least 0 that count by their squares, as lengths of blurs do;
 - `above_one`: numbers above 1, by the logarithm of what is above;
 - `shares`: relative positive numbers, by the logarithms of their ratios to the first.
 
@@ -23,6 +24,8 @@ import numpy as np
 
 from dscsnet_jax.physics.psf import Psf, floating
 
+_LEAST = 1e-6  # of a square: at 0 a root has no derivative
+
 
 class Coordinates(NamedTuple):
     """Free parameters of a PSF.
@@ -37,14 +40,18 @@ class Coordinates(NamedTuple):
     values: jax.Array
     psf: Callable[[jax.Array], Any]
 
-    def errors(self, std: np.ndarray) -> dict[str, tuple[float, float]]:
-        """Values of the parameters and their standard deviations, by those of the coordinates."""
+    def errors(self, covariance: np.ndarray) -> dict[str, tuple[float, float]]:
+        """Values of the parameters and their standard deviations, by the coordinates' (P, P)."""
 
         def told(x: jax.Array) -> jax.Array:
             return _told(self.psf(x), self.names)
 
-        slope = np.abs(np.diagonal(np.asarray(jax.jacfwd(told)(self.values))))
-        columns = self.names, np.asarray(told(self.values)), slope * std
+        slope = np.asarray(jax.jacfwd(told)(self.values), float)
+        tells = np.isfinite(np.diagonal(covariance))
+        own = np.where(tells[:, None] & tells, covariance, 0)
+        std = np.sqrt(np.diagonal(slope @ own @ slope.T))
+        std = np.where(tells, std, np.inf)
+        columns = self.names, np.asarray(told(self.values)), std
         return {name: (float(v), float(s)) for name, v, s in zip(*columns, strict=True)}
 
 
@@ -93,12 +100,14 @@ def coordinates(psf: Psf) -> Coordinates:
 _FORWARD: dict[str, Callable[[jax.Array], jax.Array]] = {
     "log": jnp.log,
     "degrees": jnp.deg2rad,
+    "square": lambda x: jnp.maximum(x**2, 4 * _LEAST),
     "linear": lambda x: x,
     "above_one": lambda x: jnp.log(x - 1),
 }
 _BACK: dict[str, Callable[[jax.Array], jax.Array]] = {
     "log": jnp.exp,
     "degrees": jnp.rad2deg,
+    "square": lambda x: jnp.sqrt(jnp.maximum(x, _LEAST)),
     "linear": lambda x: x,
     "above_one": lambda x: 1 + jnp.exp(x),
 }

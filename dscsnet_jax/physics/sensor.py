@@ -60,6 +60,7 @@ def checked(sensor: Sensor, shape: tuple[int, int, int] | None = None) -> Sensor
             require(
                 bool(least <= array and not array >= most), f"{name} must be {unit}, got {value!r}"
             )
+    require(sensor.excess_noise is not None, "excess_noise must be a number, 1 for none, got None")
     quantised = sensor.quantised
     right = quantised is None or isinstance(quantised, bool)
     require(right, f"quantised must be true, false or null, got {quantised!r}")
@@ -189,6 +190,8 @@ def _multiplied(sensor: Sensor, key: jax.Array, electrons: jax.Array) -> jax.Arr
 def _of(value: Any, like: jax.Array) -> jax.Array:
     """A field in the type of `like`, a map with as many axes; 0 where it is not known."""
     array = jnp.asarray(0 if value is None else value, like.dtype)
+    if array.ndim == 1:  # of each frame
+        array = array[:, None, None]
     return array.reshape(*(1,) * (like.ndim - array.ndim), *array.shape) if array.ndim else array
 
 

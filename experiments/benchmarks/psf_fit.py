@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{number}: {told}", flush=True)
     seconds = (time.perf_counter() - start) / args.sets
     free = coordinates(jax.tree.map(np.float32, true))
-    truth = free.errors(np.ones(len(free.names)))
+    truth = free.errors(np.eye(len(free.names)))
     print(f"{args.psf}, {args.sets} sets of {args.num} frames, {seconds:.0f} s each")
     for name, values in zip(truth, np.moveaxis(np.array(found), 1, 0), strict=True):
         off, std = values[:, 0] / truth[name][0] - 1, values[:, 1] / abs(truth[name][0])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dscsnet_jax.cli import info, main, unmix
+from dscsnet_jax.cli import info, main, progress, unmix
 from dscsnet_jax.estimation import unmix as library
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.inference.known import Known
@@ -143,6 +143,43 @@ def test_what_else_is_told_comes_before_the_file(
     assert (both.prior.cluster_offset, both.prior.count) == (csist.cluster_offset, csist.count)
     assert sensor.sensor == dataclasses.replace(told.sensor, saturation=np.inf, gain=2.0)
     assert preset == presets()["csist_noise"].known
+
+
+def test_frames_that_lie_beside_are_not_overwritten(tmp_path: Path, capsys: Captured) -> None:
+    """Large arrays go into an NPZ of the same name: it may be somebody's."""
+    Known(sensor=Sensor(read_noise=np.ones((11, 11)))).to_json(tmp_path / "s.json")
+    np.savez(tmp_path / "night.npz", frames=np.ones(3))
+    before = (tmp_path / "night.npz").read_bytes()
+    argv = ["known", "show", str(tmp_path / "s.json"), "--out", str(tmp_path / "night.json")]
+    assert main(argv) == 2
+    assert "night.npz" in capsys.readouterr().err
+    assert (tmp_path / "night.npz").read_bytes() == before
+    assert not (tmp_path / "night.json").exists()
+    assert main([*argv, "--force"]) == 0
+    assert Known.from_json(tmp_path / "night.json").sensor.read_noise.shape == (11, 11)
+
+
+def test_numbers_of_each_frame_go_with_the_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    calls: list[Known] = []
+
+    def answer(frames: np.ndarray, known: Known, **_: Any) -> UnmixResult:
+        calls.append(known)
+        return library.unmix(frames, method="grid")
+
+    monkeypatch.setattr(unmix, "unmix", answer)
+    monkeypatch.setattr(progress, "RUN", 2)
+    np.save(tmp_path / "a.npy", np.zeros((5, 11, 11)))
+    Known(sensor=Sensor(read_noise=np.arange(1.0, 6.0))).to_json(tmp_path / "s.json")
+    argv = ["unmix", str(tmp_path / "a.npy"), "--known", str(tmp_path / "s.json")]
+    assert main(argv) == 0
+    assert [call.sensor.read_noise.tolist() for call in calls] == [[1, 2], [3, 4, 5]]
+    np.save(tmp_path / "b.npy", np.zeros((5, 9, 9)))
+    calls.clear()
+    assert main([*argv[:2], str(tmp_path / "b.npy"), *argv[2:]]) == 2
+    assert "read_noise of each frame" in capsys.readouterr().err
+    assert not calls
 
 
 def test_info_tells_what_a_report_needs(

@@ -81,6 +81,18 @@ def test_bad_pixels_make_no_targets(clean: np.ndarray) -> None:
     assert_right(answer)
     assert not answer.invalid.any()
     assert set(answer.status()[answer.targets.mask]) == {"ok"}
+    # An error plane often has a huge number there: it is no noise of the others.
+    plane = np.where(bad, 1e6, 1.0)
+    known = dj.Known(0.5, dj.Sensor(plane, background=0.0, bad_pixels=bad))
+    for how in ({"estimate": "map"}, {"method": "grid"}):
+        marked = dj.unmix(frames, known, **how)
+        np.testing.assert_allclose(marked.noise, 1, rtol=1e-6)
+        assert (marked.targets.count >= answer.targets.count).mean() > 0.6
+    nothing = dj.Sensor(np.where(bad, np.nan, 1.0), background=0.0)
+    marked = dj.unmix(np.where(bad, 0, frames), dj.Known(0.5, nothing), estimate="map")
+    assert_right(marked)
+    assert not marked.invalid.any()
+    known = dj.Known(0.5, dj.Sensor([1.0] * FRAMES, background=0.0, bad_pixels=bad))
     frames[0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         dj.unmix(frames, known, estimate="map")

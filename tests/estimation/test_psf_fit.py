@@ -106,7 +106,7 @@ def test_all_parameters_of_other_psfs_are_recovered(name: str) -> None:
     known = known.replace(prior=preset_prior(singles))
     found = psf_fit.fit_psf(seen, flat(made.targets), known)
     free = coordinates(true)
-    expected = {n: v for n, (v, _) in free.errors(np.ones(len(free.names))).items()}
+    expected = {n: v for n, (v, _) in free.errors(np.eye(len(free.names))).items()}
     for parameter, (value, std) in found.parameters.items():
         assert np.isfinite(std), parameter
         assert abs(value - expected[parameter]) < 3.5 * std, parameter

@@ -88,6 +88,33 @@ def test_the_file_is_read_as_it_was_written(known: Known, tmp_path: Path) -> Non
     assert first.replace("a.npz", "b.npz") == second
 
 
+def test_maps_may_mark_pixels_that_tell_nothing(tmp_path: Path) -> None:
+    noise = np.ones((3, 3))
+    noise[1, 1] = np.nan
+    known = Known(sensor=Sensor(read_noise=noise))
+    known.to_json(tmp_path / "a.json")
+    assert_same(known, Known.from_json(tmp_path / "a.json"))
+    with pytest.raises(ValueError, match=r"expected the suffix \.json"):
+        known.to_json(tmp_path / "a.npz")
+
+
+def test_fields_are_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"version": 1, "sensor": {"gain": 1, "gain": 2}}')
+    with pytest.raises(ValueError, match="field gain is there twice"):
+        Known.from_json(path)
+
+
+def test_what_is_known_of_some_frames() -> None:
+    known = Known(sensor=SENSORS["planes"]).of_frames(1, 3)
+    np.testing.assert_array_equal(known.sensor.read_noise, SENSORS["planes"].read_noise[1:3])
+    np.testing.assert_array_equal(known.sensor.pedestal, [1.0, 2.0])
+    assert Known(sensor=SENSORS["maps"]).of_frames(1, 3).sensor is not None
+    np.testing.assert_array_equal(
+        Known(sensor=SENSORS["maps"]).of_frames(1, 3).sensor.pedestal, SENSORS["maps"].pedestal
+    )
+
+
 def test_a_psf_read_answers_as_the_one_written(tmp_path: Path) -> None:
     for psf in list(PSFS.values())[1:]:
         Known(psf=psf).to_json(tmp_path / "a.json")
@@ -145,7 +172,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sensor": {"excess_noise": 0.5}}, "excess_noise must be a finite factor of at least 1"),
     ({"sensor": {"bad_pixels": [[0, 1]]}}, "bad_pixels must be .* of true and false"),
     ({"sensor": {"quantised": 1}}, "quantised must be true, false or null, got 1"),
-    ({"sensor": {"pedestal": True}}, "pedestal must be a number, got True"),
+    ({"sensor": {"pedestal": True}}, "sensor.pedestal must be a number"),
+    ({"version": True}, "version must be 1, got True"),
+    ({"psf": {"kind": "gaussian", "sigma": True}}, "psf.sigma must be a number"),
+    ({"psf": {"kind": "airy", "resolution": 1, "half": 2.5}}, "psf.half must be a positive whole"),
+    ({"sensor": {"read_noise": 10**400}}, "sensor.read_noise is beyond what a number holds"),
+    ({"sensor": {"excess_noise": None, "gain": [1]}}, "gain must be one number"),
     ({"prior": {"separation": -1}}, "separation must be finite and at least 0"),
     ({"prior": {"intensity": {"kind": "uniform", "low": 9, "high": 1}}}, "intensity must be a ran"),
     ({"prior": {"intensity": [220, 250]}}, "prior.intensity must be an object"),

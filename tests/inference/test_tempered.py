@@ -133,6 +133,31 @@ def test_where_frames_tell_nothing_the_prior_is_left(places: str, share: float) 
         assert abs(own.mean() - share) < 4 * own.std() / 4000**0.5
 
 
+def test_five_targets_in_a_pixel_keep_their_distance() -> None:
+    """Hardly any joint draw does: places are drawn one after the other, and weighed."""
+    preset = dj.get_preset("csist_float", read_noise=1e5)
+    y = np.float32(np.random.default_rng(0).normal(0, 1e5, (4, 11, 11)))
+    seen = jax.tree.map(np.asarray, dj.observe(y, preset.known.sensor))
+    found = in_turn(seen, np.ones((4, 5), bool), preset.known.for_windows()).posterior.samples
+    apart = found[:, :, :, None, :2] - found[:, :, None, :, :2]
+    distance = np.sqrt((apart**2).sum(-1)) + 9 * np.eye(5)
+    assert distance.min() > 0.5 - 4 * HARD
+
+
+def test_populations_that_disagree_are_not_believed(data_dir: Path) -> None:
+    data = np.load(data_dir / "posterior" / "std1.npz")
+    some = np.flatnonzero(data["count"] >= 4)[:4]
+    sensor = dj.Sensor(read_noise=1.0, background=0.0)
+    prior = dj.scene_prior(
+        intensity=(220.0, 250.0), separation=0.5, cluster_size=1.0, cluster_offset=-0.4
+    )
+    known = dj.Known(dj.Gaussian(0.5), sensor, prior).for_windows()
+    seen = dj.observe(data["frames"][some].astype("f4"), sensor)
+    hasty = jax.jit(partial(tempered, num_particles=64, num_moves=1))
+    found = hasty(seen, np.ones((4, 4), bool), known, jax.random.key(0))
+    assert not np.asarray(found.posterior.converged).any()
+
+
 def test_windows_stand_alone(data_dir: Path) -> None:
     """Neither their order nor their neighbours change an answer by more than rounding."""
     data = np.load(data_dir / "posterior" / "std5.npz")

@@ -224,6 +224,13 @@ def test_fields_may_be_maps() -> None:
     np.testing.assert_allclose(y.var(0), spread, rtol=0.1)
 
 
+def test_numbers_of_each_frame_are_those_of_the_frames() -> None:
+    noise = np.array([1.0, 2.0, 3.0], np.float32)
+    spread = variance(Sensor(read_noise=noise), jnp.zeros((3, 3, 3)))
+    np.testing.assert_array_equal(spread[:, 0, 0], noise**2)
+    np.testing.assert_array_equal(spread[:, 2, 1], noise**2)
+
+
 def test_nothing_known_is_nothing_done() -> None:
     expected = jnp.linspace(0, 1e6, 7)
     np.testing.assert_array_equal(expose(Sensor(), KEY, expected), expected)
