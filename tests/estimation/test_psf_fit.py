@@ -16,7 +16,6 @@ from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
-from dscsnet_jax.physics.psf_airy import airy
 from dscsnet_jax.physics.psf_coordinates import coordinates
 from dscsnet_jax.physics.psf_gaussians import GaussianMixture, Moffat, rotated_gaussian
 from dscsnet_jax.physics.targets import Targets, from_lists
@@ -85,7 +84,6 @@ def test_one_width_told_is_one_width_fitted(noisy: tuple[Observation, Targets]) 
 PSFS = {
     "rotated": (rotated_gaussian((0.45, 0.6), 30.0), rotated_gaussian((0.5, 0.58), 20.0)),
     "moffat": (Moffat(1.18, 2.5), Moffat(1.1, 3.0)),
-    "airy": (airy(1.05, obscuration=0.3, jitter=0.25), airy(1.15, obscuration=0.3, jitter=0.2)),
     "mixture": (
         GaussianMixture(np.array([0.8, 0.2]), np.array([0.45, 1.0])),
         GaussianMixture(np.array([0.7, 0.3]), np.array([0.5, 0.9])),
