@@ -22,7 +22,7 @@ from dscsnet_jax.physics.psf import Psf
 from dscsnet_jax.physics.psf_coordinates import coordinates
 
 _REACHES = (0.3, 0.1)  # of the width's logarithm, in each pass
-_STEPS = 8  # most, of all parameters
+_STEPS, _FAR = 9, 3  # most, of all parameters; those by the fits' information alone
 _FARTHEST = 0.15  # that a coordinate may move in a step, or three standard errors
 _DONE = 0.3  # standard errors of a last step
 _ENOUGH = 10  # windows for each parameter, whose scatter tells the errors
@@ -58,8 +58,8 @@ def fit_psf(
     drives the places of blended targets apart.) As a wrong width asks for wrong counts, counts
     are selected in between. Then all parameters by Newton's steps on the marginal likelihood:
     its slope is the posterior mean of that of the likelihood (Fisher's identity), its
-    information that of the fits with their targets unknown. The errors are those of M-estimators,
-    by the scatter of the windows' slopes.
+    information at first that of the fits with their targets unknown, then the scatter of the
+    windows' slopes as well, which tells the errors (Berndt, Hall, Hall and Hausman).
 
     Args:
       observation: B whole frames.
@@ -85,8 +85,8 @@ def fit_psf(
       0.5
 
     References:
-      R. A. Fisher, Proc. Camb. Philos. Soc. 22 (1925) 700; P. J. Huber, Proc. 5th Berkeley Symp.
-      1 (1967) 221 (the errors).
+      R. A. Fisher, Proc. Camb. Philos. Soc. 22 (1925) 700; E. K. Berndt, B. H. Hall, R. E. Hall,
+      J. A. Hausman, Ann. Econ. Soc. Meas. 3 (1974) 653.
     """
     coordinates(known.psf)  # it has some
     observation, targets = jax.tree.map(np.asarray, observation), start
@@ -131,38 +131,48 @@ def fit_psf(
             scores.append(sampled_windows(w, trial, seed=seed, psf_slope=True).psf_slope)
             part = in_blocks(_information, (f, w.observation), trial, size=windows_per_block())
             information += part.sum(0, dtype=float)
-        step, covariance = _newton(np.concatenate(scores).astype(float), information)
+        together = np.concatenate(scores).astype(float)
+        step, covariance = _newton(together, information, near=number >= _FAR)
         values = values + step
-        if number and (np.abs(step) <= _DONE * np.sqrt(np.diagonal(covariance))).all():
+        if number >= _FAR and (np.abs(step) <= _DONE * np.sqrt(np.diagonal(covariance))).all():
             break
     at = free._replace(values=jnp.asarray(values, np.float32))
     return PsfFit(_with(known, at.psf(at.values)), targets, at.errors(covariance))
 
 
-def _newton(scores: np.ndarray, information: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _newton(
+    scores: np.ndarray, information: np.ndarray, *, near: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Newton's step (P,) by the windows' slopes (W, P) and information; covariance (P, P) there.
 
-    Directions of which the windows tell next to nothing are left alone. The covariance is what
-    the scatter of the slopes tells, whatever the information (a sandwich); of few windows it is no
-    less than the information says.
+    Far off, the slopes scatter by the misfit, and the fits' information is the better one; near,
+    where it may be too small, the scatter of the slopes is the information itself. Directions
+    of which the windows tell next to nothing are left alone.
     """
     number, size = scores.shape
     slope, off = scores.sum(0), scores - scores.mean(0)
-    scale = np.sqrt(np.diagonal(information))
-    scale = np.where(scale > 0, scale, 1)
-    share, axes = np.linalg.eigh(information / np.outer(scale, scale))
-    told = share > _LEAST * max(share[-1], 1e-30)
-    inverse = np.where(told, 1 / np.where(told, share, 1), 0)
-    naive = (axes * inverse) @ axes.T / np.outer(scale, scale)
-    covariance = naive @ (off.T @ off) @ naive * number / max(number - 1, 1)
+    scatter = off.T @ off * number / max(number - 1, 1)
+    naive, _ = _inverse(information)
+    covariance, unknown = _inverse(scatter)
     if number < _ENOUGH * size:
         covariance = covariance + naive
-    unknown = ((axes[:, ~told] ** 2).sum(1) > 0.5) | (np.diagonal(naive) == 0)
+    inverse = _inverse(information + scatter)[0] if near else naive
+    step = np.where(unknown, 0, inverse @ slope)
     covariance[unknown, unknown] = np.inf
-    step = np.where(unknown, 0, naive @ slope)
     std = np.sqrt(np.diagonal(covariance))
-    farthest = np.where(np.isfinite(std), np.maximum(_FARTHEST, 3 * std), 1)
+    farthest = np.where(unknown, 1, np.maximum(_FARTHEST, 3 * std))
     return step / max(np.abs(step / farthest).max(initial=0), 1), covariance
+
+
+def _inverse(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse (P, P) but for directions that are next to nothing, and which parameters are so."""
+    scale = np.sqrt(np.diagonal(matrix))
+    scale = np.where(scale > 0, scale, 1)
+    share, axes = np.linalg.eigh(matrix / np.outer(scale, scale))
+    told = share > _LEAST * max(share[-1], 1e-30)
+    inverse = (axes * np.where(told, 1 / np.where(told, share, 1), 0)) @ axes.T
+    unknown = ((axes[:, ~told] ** 2).sum(1) > 0.5) | (np.diagonal(matrix) <= 0)
+    return inverse / np.outer(scale, scale), unknown
 
 
 def _with(known: Known, psf: Any) -> Known:
