@@ -35,10 +35,9 @@ def run(args: argparse.Namespace) -> int:
     how = options.method_arguments(args, return_maps=True)
     size = len(split.frames) if args.fit_psf else max(args.block or 1, progress.RUN)
     known.checked(split.frames.shape)
-    answers, first = [], 0
-    for frames in progress.tracked(progress.runs_of(split.frames, max(size, 1)), "unmixing"):
-        answers.append(unmix(frames, known.of_frames(first, first + len(frames)), **how))
-        first += len(frames)
+    runs = progress.runs_of(split.frames, max(size, 1))
+    work = list(zip(runs, options.known_of_runs(known, runs), strict=True))
+    answers = [unmix(frames, some, **how) for frames, some in progress.tracked(work, "unmixing")]
     name = scoring.label(args.method, args.estimate, args.readout)
     with progress.stage("scoring"):
         maps = [answer.maps for answer in answers if answer.maps is not None]

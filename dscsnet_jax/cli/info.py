@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 import dscsnet_jax
-from dscsnet_jax.io.weights import load_weights, packaged, packaged_weights
+from dscsnet_jax.io.weights import load_weights, packaged
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 
@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
         f"float64: {'on' if settings['jax_enable_x64'] else 'off'}",
         f"compiled programs: {_cache(settings['jax_compilation_cache_dir'])}",
     ]
-    for name in packaged():
-        about = load_weights(packaged_weights(name)).metadata
+    for name, path in packaged().items():
+        about = load_weights(path).metadata
         sigma = sorted(set(about.training.get("sigma") or about.geometry.sigma))
         what = f"{about.method}, {about.geometry.division} cells a pixel"
         lines.append(f"weights {name}: {what}, PSF sigma {' to '.join(map(str, sigma))} pixels")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dscsnet_jax.cli import options
+from dscsnet_jax.evaluation.plot import plot_psf
 from dscsnet_jax.inference import known_file
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.io.outputs import prepare_output, replacing
@@ -37,8 +38,6 @@ def run(args: argparse.Namespace) -> int:
         known.to_json(args.out)
         print(f"file: {args.out}")
     if args.plot is not None:
-        from dscsnet_jax.evaluation.plot import plot_psf
-
         with replacing(args.plot) as unfinished:
             plot_psf(as_psf(known.psf)).savefig(unfinished, format="png")
         print(f"picture: {args.plot}")

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
@@ -165,6 +165,14 @@ def known_of(args: argparse.Namespace, base: Known | None = None) -> Known:
         sensor=dataclasses.replace(known.sensor, **sensor),
         prior=_prior(args, known.prior),
     )
+
+
+def known_of_runs(known: Known, runs: Iterable[Sized]) -> Iterator[Known]:
+    """What is known of runs of frames that follow each other: of each frame's own, theirs."""
+    first = 0
+    for run in runs:
+        yield known.of_frames(first, first + len(run))
+        first += len(run)
 
 
 def _prior(args: argparse.Namespace, base: ScenePrior) -> ScenePrior:

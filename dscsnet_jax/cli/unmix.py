@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dscsnet_jax.cli import options, progress
+from dscsnet_jax.estimation.observed import with_full_well
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.inference.known import Known
@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     with progress.stage("reading"):
         stacks = read_many(args.paths, mask_invalid=args.mask_invalid)
     told = [_known_of(stack, known, alone=len(stacks) == 1) for stack in stacks]
-    pieces, some = [], []
-    for stack, of_stack in zip(stacks, told, strict=True):
-        first = 0
-        for piece in _pieces(stack, args):
-            pieces.append(piece)
-            some.append(of_stack.of_frames(first, first + len(piece)))
-            first += len(piece)
+    of_stacks = [_pieces(stack, args) for stack in stacks]
+    pieces = [piece for of_stack in of_stacks for piece in of_stack]
+    some = [
+        part
+        for of_stack, known in zip(of_stacks, told, strict=True)
+        for part in options.known_of_runs(known, of_stack)
+    ]
     work = progress.tracked(list(zip(pieces, some, strict=True)), "unmixing")
     answers = [_answer(piece, of_piece, args) for piece, of_piece in work]
     catalog = concatenate(
@@ -70,10 +70,7 @@ def _known_of(stack: FrameStack, known: Known, *, alone: bool) -> Known:
     several = [n for n in PER_PIXEL if np.ndim(getattr(known.sensor, n)) in (1, 3)]
     if several and not alone:
         raise ValueError(f"{several[0]} of each frame: frames of one size and type are needed")
-    if np.isfinite(stack.full_well) and known.sensor.saturation is None:
-        sensor = dataclasses.replace(known.sensor, saturation=stack.full_well)
-        known = dataclasses.replace(known, sensor=sensor)
-    return known
+    return with_full_well(known, stack.full_well) if np.isfinite(stack.full_well) else known
 
 
 def _answer(stack: FrameStack, known: Known, args: argparse.Namespace) -> UnmixResult:

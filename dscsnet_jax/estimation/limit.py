@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dscsnet_jax.batching import in_blocks, windows_per_block
-from dscsnet_jax.estimation.observed import observed, recorded
+from dscsnet_jax.estimation.observed import observed, recorded, with_full_well
 from dscsnet_jax.estimation.result import UnmixResult, solved_result
 from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources
@@ -53,10 +53,8 @@ def bayes_limit(
     """
     require(known.psf is not None, "the limit needs a PSF, and what is known has none")
     y = recorded(frames, known.sensor.bad_pixels, mask_invalid=False)
-    sensor = known.sensor
-    if sensor.saturation is None:
-        sensor = dataclasses.replace(sensor, saturation=full_well(getattr(frames, "dtype", float)))
-    known = dataclasses.replace(known, psf=as_psf(known.psf), sensor=sensor).checked(y.shape)
+    known = with_full_well(known, full_well(getattr(frames, "dtype", float)))
+    known = dataclasses.replace(known, psf=as_psf(known.psf)).checked(y.shape)
     told, seen = known.for_windows(), observed(y, known.sensor)
     if count is not None:
         number = np.asarray(count, int)
@@ -85,13 +83,12 @@ def _tempered(seen: Any, number: np.ndarray, slots: int, told: Known, seed: int)
     """`tempered` of frames with so many targets each, block by block."""
     mask = np.arange(slots) < number[:, None]
     size = max(windows_per_block() // _LANES, 1)
-    key = jax.random.key_data(jax.random.key(seed))
-    return in_blocks(_run, (seen, mask), told, key, size=size)
+    return in_blocks(_run, (seen, mask), told, np.uint32(seed), size=size)
 
 
 @jax.jit
-def _run(given: tuple[Any, Any], told: Known, key: jax.Array) -> Tempered:
-    return tempered(*given, told, jax.random.wrap_key_data(key))
+def _run(given: tuple[Any, Any], told: Known, seed: jax.Array) -> Tempered:
+    return tempered(*given, told, jax.random.key(seed))
 
 
 def _solved(found: Tempered, chance: np.ndarray, seen: Any, told: Known) -> Solved:

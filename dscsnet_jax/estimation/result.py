@@ -15,8 +15,9 @@ from dscsnet_jax.estimation.groups import linked, reach_of_groups
 from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources, widest_of
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.observation import Observation, root_mean_square
+from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.io.catalog import Catalog, as_arrow, as_astropy, from_targets
+from dscsnet_jax.maps.network import root_mean_square
 from dscsnet_jax.physics.targets import Targets
 
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
@@ -119,8 +120,8 @@ class UnmixResult:
 
     def __repr__(self) -> str:
         """What it is, in a line."""
-        number = int(np.asarray(self.targets.mask).sum())
-        targets, frames = (f"{n} {what}{'s' * (n != 1)}" for n, what in self._sizes(number))
+        sizes = (int(np.asarray(self.targets.mask).sum()), "target"), (len(self), "frame")
+        targets, frames = (f"{number} {what}{'s' * (number != 1)}" for number, what in sizes)
         return f"<UnmixResult: {targets} in {frames}>"
 
     def _repr_html_(self) -> str:
@@ -130,9 +131,6 @@ class UnmixResult:
         except ImportError:  # without the extra `catalog`
             lines = []
         return "\n".join([f"<p>{html.escape(repr(self))}</p>", *lines])
-
-    def _sizes(self, targets: int) -> tuple[tuple[int, str], ...]:
-        return (targets, "target"), (len(self), "frame")
 
     def catalog(self, names: Sequence[str] | None = None) -> Catalog:
         """One row a target; frames have the names given, or their numbers."""

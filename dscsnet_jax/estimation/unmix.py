@@ -17,7 +17,7 @@ import numpy as np
 
 from dscsnet_jax.batching import block_of
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
-from dscsnet_jax.estimation.observed import observed, recorded
+from dscsnet_jax.estimation.observed import observed, recorded, with_full_well
 from dscsnet_jax.estimation.psf_fit import fit_psf
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
 from dscsnet_jax.estimation.solve import solve
@@ -196,11 +196,8 @@ def unmix(
 def _completed(known: Known, well: float, weights: Weights, *, named: bool) -> Known:
     """What is known, with the PSF of the weights and a full well where none is told."""
     psf = weights.metadata.geometry.sigma if known.psf is None else known.psf
-    sensor = known.sensor
-    if sensor.saturation is None:
-        own = well if np.isfinite(well) or not named else _trained_well(weights)
-        sensor = dataclasses.replace(sensor, saturation=own)
-    return dataclasses.replace(known, psf=as_psf(psf), sensor=sensor)
+    own = well if np.isfinite(well) or not named else _trained_well(weights)
+    return with_full_well(dataclasses.replace(known, psf=as_psf(psf)), own)
 
 
 def _trained_for(weights: Weights, psf: Psf) -> bool:

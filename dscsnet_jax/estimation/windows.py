@@ -27,7 +27,8 @@ from dscsnet_jax.estimation.groups import (
     ranks,
     reach_of_groups,
 )
-from dscsnet_jax.inference.observation import PER_PIXEL, Observation, root_mean_square
+from dscsnet_jax.inference.observation import PER_PIXEL, Observation
+from dscsnet_jax.maps.network import root_mean_square
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.psf import Psf, support
 from dscsnet_jax.physics.targets import Targets, from_arrays

@@ -9,7 +9,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from dscsnet_jax.physics.sensor import Sensor
@@ -201,16 +200,6 @@ def remeasured(
         background=background,
         background_std=jnp.where(unknown[:, 0, 0], error, 0),
     )
-
-
-def root_mean_square(values: Any, valid: Any) -> np.ndarray:
-    """(B,) root mean square of values (B, N, M) over the valid pixels, or the number (B, 1, 1)."""
-    square = np.asarray(values, float) ** 2
-    if square.shape[1:] == (1, 1):
-        return np.sqrt(square[:, 0, 0]).astype(np.float32)
-    number = np.maximum(np.asarray(valid).sum((1, 2)), 1)
-    mean = np.where(valid, square, 0).sum((1, 2)) / number
-    return np.sqrt(np.where(mean > 0, mean, 1)).astype(np.float32)
 
 
 def _of_pixels(value: ArrayLike, *, like: jax.Array) -> jax.Array:

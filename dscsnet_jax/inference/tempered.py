@@ -34,7 +34,7 @@ NUM_MOVES = 96
 _EFFECTIVE = 0.5  # of the particles, that a step keeps
 _MOST_STEPS = 200
 _LAST_STEPS = 8  # of moves alone, at the end
-_TRIES = 24  # of places for a first target that keeps its distance
+_TRIES = 24  # of places for each target, to keep its distance
 _ACCEPTANCE = 0.25
 _POPULATIONS = 4  # of a window's particles
 _AGREE = 1.5  # populations, in effect, that have the same evidence
@@ -345,7 +345,7 @@ def _along(
     """Steps along the difference of two others, of some parameters (D, P/2, L)."""
     dimension = jnp.maximum(some.sum(0), 1).astype(own.dtype)
     step = _difference(others, u) * jnp.where(some, 2.38 / jnp.sqrt(2 * dimension) * length, 0)
-    # A little of each direction besides, which the others may all lack.
+    # Lengths of their own, or particles would meet on a lattice of differences.
     jitter = 1 + 0.1 * (u[2] - 0.5)
     return own + step * jitter, jnp.ones((), bool)
 

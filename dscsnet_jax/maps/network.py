@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from dscsnet_jax.batching import frames_per_block
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.observation import Observation, root_mean_square
+from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import pixel_std
 from dscsnet_jax.io.weights import Weights, check_geometry
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, Readout, ReadoutRule
@@ -165,6 +165,16 @@ def _large_map(
         return _join(parts, len(tiles))
 
     return tiled_map(make_map, frame, division=division)
+
+
+def root_mean_square(values: Any, valid: Any) -> np.ndarray:
+    """(B,) root mean square of values (B, N, M) over the valid pixels, or the number (B, 1, 1)."""
+    square = np.asarray(values, float) ** 2
+    if square.shape[1:] == (1, 1):
+        return np.sqrt(square[:, 0, 0]).astype(np.float32)
+    number = np.maximum(np.asarray(valid).sum((1, 2)), 1)
+    mean = np.where(valid, square, 0).sum((1, 2)) / number
+    return np.sqrt(np.where(mean > 0, mean, 1)).astype(np.float32)
 
 
 def _batches(y: np.ndarray, size: int) -> list[np.ndarray]:

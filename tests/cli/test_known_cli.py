@@ -28,6 +28,19 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Known]:
+    """What `dscsnet unmix` tells the library, which answers by the quick method."""
+    told: list[Known] = []
+
+    def answer(frames: np.ndarray, known: Known, **_: Any) -> UnmixResult:
+        told.append(known)
+        return library.unmix(frames, method="grid")
+
+    monkeypatch.setattr(unmix, "unmix", answer)
+    return told
+
+
 def test_a_preset_becomes_a_file_that_a_person_edits(tmp_path: Path, capsys: Captured) -> None:
     path = tmp_path / "sensor.json"
     assert main(["known", "show", "csist_noise", "--out", str(path)]) == 0
@@ -106,15 +119,8 @@ def test_row21_a_map_of_other_frames_is_refused(tmp_path: Path, capsys: Captured
 
 
 def test_what_else_is_told_comes_before_the_file(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, calls: list[Known]
 ) -> None:
-    calls: list[Known] = []
-
-    def answer(frames: np.ndarray, known: Known, **_: Any) -> UnmixResult:
-        calls.append(known)
-        return library.unmix(frames, method="grid")
-
-    monkeypatch.setattr(unmix, "unmix", answer)
     np.save(tmp_path / "a.npy", np.zeros((11, 11)))
     argv = ["unmix", str(tmp_path / "a.npy"), "--known", str(file)]
     more = [
@@ -160,15 +166,8 @@ def test_frames_that_lie_beside_are_not_overwritten(tmp_path: Path, capsys: Capt
 
 
 def test_numbers_of_each_frame_go_with_the_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[Known], capsys: Captured
 ) -> None:
-    calls: list[Known] = []
-
-    def answer(frames: np.ndarray, known: Known, **_: Any) -> UnmixResult:
-        calls.append(known)
-        return library.unmix(frames, method="grid")
-
-    monkeypatch.setattr(unmix, "unmix", answer)
     monkeypatch.setattr(progress, "RUN", 2)
     np.save(tmp_path / "a.npy", np.zeros((5, 11, 11)))
     Known(sensor=Sensor(read_noise=np.arange(1.0, 6.0))).to_json(tmp_path / "s.json")
