@@ -47,8 +47,8 @@ def check_psf(weights: Weights, psf: Psf) -> None:
     kind = type(psf).__name__
     require(isinstance(psf, Gaussian), f"the weights are trained for Gaussian PSFs, got {kind}")
     width = np.asarray(psf.width)
-    trained = list(weights.metadata.training.get("sigma") or ())
-    if len(trained) == 2 and trained[0] < trained[1]:
+    trained = _trained_sigma(weights)
+    if trained:
         slack = 1e-6
         if ((width >= trained[0] - slack) & (width <= trained[1] + slack)).all():
             return
@@ -72,7 +72,7 @@ def read_maps(
 ) -> tuple[np.ndarray, Targets, np.ndarray]:
     """Maps of frames, the targets read out of them, and where slots were missing.
 
-    The network sees the PSF it was trained for; the fit takes the true one.
+    A network that was trained for PSFs of many widths sees the one that is told, another its own.
     """
     # Saturated pixels hold the least value that rounds to the full well; it was trained on that.
     recorded = np.where(observation.saturated, np.ceil(observation.counts), observation.counts)
@@ -80,8 +80,9 @@ def read_maps(
     y = _fill_invalid(above.astype(observation.counts.dtype), observation.valid)
     geometry = weights.metadata.geometry
     network = network_of(weights)
-    nominal = np.asarray(geometry.sigma, np.float32)
-    operator = _operator(y.shape[1:], division=geometry.division, psf=nominal)
+    seen = known.psf.width if _trained_sigma(weights) else geometry.sigma
+    width = np.broadcast_to(np.asarray(seen, np.float32), (2,))
+    operator = _operator(y.shape[1:], division=geometry.division, psf=width)
     model = _Model(network, jax.device_put(weights.params), operator)
     noise = root_mean_square(pixel_std(observation, known.effective_gain), observation.valid)
     scale = np.asarray(network.scale(jnp.asarray(y), jnp.asarray(noise))) if len(y) else noise
@@ -188,6 +189,12 @@ def _batches(y: np.ndarray, size: int) -> list[np.ndarray]:
 def _join(parts: Any, length: int) -> Any:
     """Put the batches' answers together as NumPy arrays, without the padding."""
     return jax.tree.map(lambda *a: np.concatenate([np.asarray(v) for v in a])[:length], *parts)
+
+
+def _trained_sigma(weights: Weights) -> tuple[float, ...]:
+    """Least and largest width of the PSFs of training, pixels; nothing if there was one only."""
+    low, high = weights.metadata.training.get("sigma") or (0.0, 0.0)
+    return (low, high) if low < high else ()
 
 
 def _separation(weights: Weights) -> float:

@@ -97,7 +97,8 @@ class Variation:
     For weights that shall serve sensors nobody knows in advance.
 
     Attributes:
-      sigma: PSF standard deviation, pixels.
+      sigma: PSF standard deviation, pixels; its logarithm is uniform, and distances within a
+        cluster grow with it, being those of the cluster at the preset's sigma.
       read_noise: standard deviation, counts; what is drawn below 0 is no noise.
       pedestal: counts.
       least_intensity: lower end of the frame's range of intensities, counts; the upper
@@ -108,7 +109,7 @@ class Variation:
       noise_error: relative error of the noise that users know.
     """
 
-    sigma: tuple[float, float] = (0.45, 0.55)
+    sigma: tuple[float, float] = (0.4, 1.0)
     read_noise: tuple[float, float] = (-1.0, 10.0)
     pedestal: tuple[float, float] = (0.0, 20.0)
     least_intensity: tuple[float, float] = (50.0, 220.0)

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from dscsnet_jax.physics import optics
 from dscsnet_jax.physics.preset import SPLITS, ClusterModel, Preset, Variation, presets
-from dscsnet_jax.physics.psf import Psf
+from dscsnet_jax.physics.psf import Psf, as_psf
 from dscsnet_jax.physics.sensor import Sensor, expose, level, variance
 from dscsnet_jax.physics.targets import Targets
 
@@ -40,12 +40,14 @@ class Scene(NamedTuple):
       level: (B,) counts of a pixel without targets as a user would know them.
       noise: (B,) standard deviation of a pixel as a user would know it, read noise and
         quantisation, counts.
+      sigma: (B, 2) standard deviations of the Gaussian PSF alike, along rows and columns, pixels.
     """
 
     targets: Targets
     frames: jax.Array
     level: jax.Array
     noise: jax.Array
+    sigma: jax.Array
 
 
 def get_preset(name: str, **changes: Any) -> Preset:
@@ -121,13 +123,16 @@ def frame_keys(seed: int, split: str, index: ArrayLike) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(base, jnp.asarray(index))
 
 
-def sample_targets(cluster: ClusterModel, frame_size: int, key: jax.Array) -> Targets:
+def sample_targets(
+    cluster: ClusterModel, frame_size: int, key: jax.Array, scale: ArrayLike = 1.0
+) -> Targets:
     """Draw the targets of one frame (use `jax.vmap` for more).
 
     Args:
       cluster: distribution of the targets.
       frame_size: detector pixels per side, `N`.
       key: PRNG key of the frame.
+      scale: of the distances within the cluster.
 
     Returns:
       Unbatched `Targets` with `cluster.max_targets` slots.
@@ -149,7 +154,7 @@ def sample_targets(cluster: ClusterModel, frame_size: int, key: jax.Array) -> Ta
         intensity_key, (slots,), minval=cluster.intensity[0], maxval=cluster.intensity[1]
     )
     return Targets(
-        position=jnp.where(mask[:, None], pixel[None] + offset, 0),
+        position=jnp.where(mask[:, None], pixel[None] + scale * offset, 0),
         intensity=jnp.where(mask, intensity, 0),
         mask=mask,
     )
@@ -179,26 +184,30 @@ def simulate(preset: Preset, keys: jax.Array, psf: Psf | None = None) -> Scene:
 
     def one(key: jax.Array) -> Scene:
         target_key, sensor_key = jax.random.split(key)
-        targets = sample_targets(preset.cluster, preset.frame_size, target_key)
         if preset.variation is not None:
-            return _varied(preset, preset.variation, targets, sensor_key)
-        seen_by = preset.sigma if psf is None else psf
+            return _varied(preset, preset.variation, target_key, sensor_key)
+        targets = sample_targets(preset.cluster, preset.frame_size, target_key)
+        seen_by = as_psf(preset.sigma if psf is None else psf)
         expected = optics.render(targets, frame_size=preset.frame_size, psf=seen_by)
         frame = expose(preset.sensor, sensor_key, expected)
         noise = jnp.sqrt(variance(preset.sensor, jnp.float32(0)))
-        return Scene(targets, frame, level(preset.sensor, noise), noise)
+        width = jnp.asarray(seen_by.width, jnp.float32)
+        return Scene(targets, frame, level(preset.sensor, noise), noise, width)
 
     return jax.vmap(one)(keys)
 
 
-def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array) -> Scene:
-    """Record one frame under conditions of its own."""
+def _varied(preset: Preset, varied: Variation, target_key: jax.Array, key: jax.Array) -> Scene:
+    """One frame under conditions of its own; its cluster is as wide as its PSF asks for."""
     condition_key, error_key, sensor_key = jax.random.split(key, 3)
     share = _uniform(condition_key, (6,))
 
     def between(index: int, low_high: tuple[float, float]) -> jax.Array:
         return low_high[0] + (low_high[1] - low_high[0]) * share[index]
 
+    sigma = varied.sigma[0] * (varied.sigma[1] / varied.sigma[0]) ** share[4]
+    wide = sigma / np.float32(np.mean(preset.sigma))
+    targets = sample_targets(preset.cluster, preset.frame_size, target_key, wide)
     low, high = preset.cluster.intensity
     least = between(0, varied.least_intensity)
     intensity = least + (targets.intensity - low) * (high - least) / (high - low)
@@ -210,7 +219,7 @@ def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array)
         pedestal=between(2, varied.pedestal),
         read_noise=jnp.maximum(between(3, varied.read_noise), 0),
     )
-    expected = optics.render(targets, frame_size=preset.frame_size, psf=between(4, varied.sigma))
+    expected = optics.render(targets, frame_size=preset.frame_size, psf=sigma)
     eight_bit = dataclasses.replace(plain, saturation=255.0, quantised=True)
     is_digital = share[5] < varied.digital
     frame = jnp.where(
@@ -224,6 +233,7 @@ def _varied(preset: Preset, varied: Variation, targets: Targets, key: jax.Array)
         frame,
         plain.pedestal + varied.pedestal_error * noise * error[0],
         noise * jnp.exp(varied.noise_error * error[1]),
+        jnp.broadcast_to(sigma, (2,)),
     )
 
 

@@ -36,6 +36,7 @@ from dscsnet_jax.training.step import (
     Metrics,
     Step,
     TrainState,
+    apply_to_scene,
     init_state,
     make_optimiser,
     make_step,
@@ -174,8 +175,7 @@ def _mapper(
     @jax.jit
     def make(params: Any, keys: jax.Array) -> tuple[jax.Array, Targets]:
         scene = simulate(preset, keys)
-        y = scene.frames - scene.level[:, None, None]
-        return network.apply(params, y, operator, noise=scene.noise).x, scene.targets
+        return apply_to_scene(network, params, scene, preset, operator).x, scene.targets
 
     return make
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from dscsnet_jax.physics import grid
-from dscsnet_jax.physics.optics import SensingOperator
+from dscsnet_jax.physics.optics import SensingOperator, sensing_operator
 from dscsnet_jax.physics.scene import Preset, Scene, simulate
 from dscsnet_jax.physics.targets import Targets
 from dscsnet_jax.training.losses import training_loss
+from dscsnet_jax.unfolding.admm import Unfolded
 from dscsnet_jax.unfolding.registry import Network
 
 # Splitting the bare key of a seed would give the keys of the data's splits (`SPLITS`) again.
@@ -104,7 +105,7 @@ def make_step(
     Args:
       network: what is trained.
       preset: recipe of the frames.
-      operator: sensing operator of the preset.
+      operator: sensing operator of the preset; where it varies the PSF, each frame has its own.
       optimiser: see `make_optimiser`.
       truth_width: see `grid_truth`.
       symmetry_weight: see `losses.training_loss`.
@@ -117,18 +118,10 @@ def make_step(
     """
 
     def loss_of(params: Any, scene: Scene, truth: jax.Array) -> jax.Array:
+        options = {"remat": remat, "trace": bool(symmetry_weight)}
+        answer = apply_to_scene(network, params, scene, preset, operator, **options)
         y = scene.frames - scene.level[:, None, None]
-        scale = network.scale(y, scene.noise)
-        answer = network.apply(
-            params,
-            y,
-            operator,
-            noise=scene.noise,
-            scale=scale,
-            remat=remat,
-            trace=bool(symmetry_weight),
-        )
-        scale = scale[:, None, None]
+        scale = network.scale(y, scene.noise)[:, None, None]
         return training_loss(answer, truth, scale=scale, symmetry_weight=symmetry_weight)
 
     def step(state: TrainState, keys: jax.Array) -> tuple[TrainState, Metrics]:
@@ -143,6 +136,39 @@ def make_step(
         return TrainState(state.step + 1, params, optimiser_state), metrics
 
     return step
+
+
+def apply_to_scene(
+    network: Network,
+    params: Any,
+    scene: Scene,
+    preset: Preset,
+    operator: SensingOperator,
+    **options: Any,
+) -> Unfolded:
+    """Maps of simulated frames: as `network.apply`, each frame by the optics it was seen with.
+
+    Args:
+      network: the network.
+      params: its parameters.
+      scene: B frames.
+      preset: their recipe.
+      operator: sensing operator of the preset; where it varies the PSF, its size and division.
+      **options: further ones of `network.apply`.
+
+    Returns:
+      `Unfolded`.
+    """
+    y = scene.frames - scene.level[:, None, None]
+    if preset.variation is None:
+        return network.apply(params, y, operator, noise=scene.noise, **options)
+
+    def one(y: jax.Array, noise: jax.Array, sigma: jax.Array) -> Unfolded:
+        own = sensing_operator(operator.frame_shape, division=operator.division, psf=sigma)
+        answer = network.apply(params, y[None], own, noise=noise[None], **options)
+        return Unfolded(answer.x[0], jax.tree.map(lambda a: a[:, 0], answer.trace))
+
+    return jax.vmap(one, out_axes=Unfolded(0, 1))(y, scene.noise, scene.sigma)
 
 
 def grid_truth(targets: Targets, preset: Preset, width: float = 0.0) -> jax.Array:
