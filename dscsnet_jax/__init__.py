@@ -21,6 +21,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "estimation.calibrate": ("Calibration", "calibrate"),
     "estimation.result": ("UnmixResult",),
     "estimation.unmix": ("Options", "unmix"),
     "evaluation.report": ("evaluate",),

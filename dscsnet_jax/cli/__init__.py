@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a network on scenes simulated on the fly",
     "evaluate": "score a method on a set of frames with truth",
     "unmix": "tell the targets of your frames apart",
+    "calibrate": "learn from your frames what sensor and scenes they have in common",
     "known": "show or check what is known of a sensor and its scenes",
     "import-weights": "make weights of a published PyTorch checkpoint",
     "demo": "simulate, unmix, score and draw a picture",

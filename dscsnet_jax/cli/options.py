@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
@@ -98,7 +98,19 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extent", type=length, dest="cluster_size", action=_Renamed)
 
 
-def add_sensor(parser: argparse.ArgumentParser) -> None:
+def add_fixed(parser: argparse.ArgumentParser) -> None:
+    """What is not to be learned, in one word each."""
+    parser.add_argument(
+        "--fix",
+        action="append",
+        type=fixed,
+        metavar="NAME=VALUE",
+        help="keep what is known instead of learning it: another way to write the options below, "
+        "sigma=0.5 or intensity=50,250",
+    )
+
+
+def add_sensor(parser: argparse.ArgumentParser, *, fits: bool = True) -> None:
     """What is known of optics and sensor; what is not given is estimated."""
     parser.add_argument(
         "--known",
@@ -109,11 +121,12 @@ def add_sensor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigma", type=length, help="PSF standard deviation, pixels; default: the weights'"
     )
-    parser.add_argument(
-        "--fit-psf",
-        action="store_true",
-        help="fit the parameters of the PSF, for all frames together",
-    )
+    if fits:
+        parser.add_argument(
+            "--fit-psf",
+            action="store_true",
+            help="fit the parameters of the PSF, for all frames together",
+        )
     parser.add_argument("--noise", type=counts, help="standard deviation of the read noise, counts")
     parser.add_argument(
         "--pedestal", type=number, help="electronic offset under every pixel, counts; default: 0"
@@ -150,6 +163,8 @@ def known_of(args: argparse.Namespace, base: Known | None = None) -> Known:
     """What is known: that of `--known`, or else of `base`, changed by what else is given."""
     from dscsnet_jax.inference.known import Known
 
+    for name, value in getattr(args, "fix", None) or ():
+        setattr(args, name, value)
     known = Known() if base is None else base
     if args.known is not None:
         presets = known_presets()
@@ -216,6 +231,25 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace existing output")
 
 
+def fixed(text: str) -> tuple[str, Any]:
+    """A name and its value, of `NAME=VALUE`, as the option of that name takes it.
+
+    Example:
+      >>> fixed("sigma=0.5"), fixed("intensity=50,250")
+      (('sigma', 0.5), ('intensity', [50.0, 250.0]))
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals or name not in _FIXED:
+        raise argparse.ArgumentTypeError(f"NAME=VALUE with one of {', '.join(_FIXED)}, got {text}")
+    if name != "intensity":
+        return name, _FIXED[name](value)
+    ends = [counts(end) for end in value.split(",")]
+    if len(ends) != 2:
+        raise argparse.ArgumentTypeError(f"intensity=LOW,HIGH, got {text}")
+    return name, ends
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     return int(_at_least(1, int(text)))
@@ -267,3 +301,16 @@ def _at_least(least: float, value: float) -> float:
 def examples(*lines: str) -> str:
     """The examples at the end of a verb's help."""
     return "\n".join(["examples:", *(f"  {line}" for line in lines)])
+
+
+_FIXED: dict[str, Callable[[str], Any]] = {
+    "sigma": length,
+    "noise": counts,
+    "pedestal": number,
+    "background": number,
+    "saturation": full_well,
+    "gain": length,
+    "intensity": counts,
+    "separation": counts,
+    "cluster_size": length,
+}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dscsnet_jax.cli import options, progress
+from dscsnet_jax.cli.calibrate import learned, prepare
 from dscsnet_jax.estimation.observed import with_full_well
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.estimation.unmix import unmix
@@ -29,8 +30,16 @@ def run(args: argparse.Namespace) -> int:
     known = options.known_of(args)
     if args.out:
         prepare_catalog(args.out, force=args.force)
+        if args.learn:
+            prepare(_beside(args.out), force=args.force)
     with progress.stage("reading"):
         stacks = read_many(args.paths, mask_invalid=args.mask_invalid)
+    if args.learn:
+        taught = learned(stacks, known)
+        known = taught.known
+        print(taught.report(), file=sys.stderr)
+        if args.out:
+            known.to_json(_beside(args.out))
     told = [_known_of(stack, known, alone=len(stacks) == 1) for stack in stacks]
     of_stacks = [_pieces(stack, args) for stack in stacks]
     pieces = [piece for of_stack in of_stacks for piece in of_stack]
@@ -51,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
         _print_catalog(catalog)
         print(_summary(answers), file=sys.stderr)
     return 0
+
+
+def _beside(catalog: Path) -> Path:
+    """Where what was learned goes."""
+    return catalog.with_suffix(".known.json")
 
 
 def _pieces(stack: FrameStack, args: argparse.Namespace) -> list[FrameStack]:

@@ -105,8 +105,38 @@ def unmix(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-targets", type=options.positive, help="most targets of a frame")
     parser.add_argument(
+        "--learn",
+        action="store_true",
+        help="learn first from all frames what sensor and scenes they have in common, as `dscsnet "
+        "calibrate` does; what was learned is written beside the catalog, OUT.known.json",
+    )
+    parser.add_argument(
         "--mask-invalid", action="store_true", help="leave NaN and Inf pixels out, flag the frame"
     )
+    options.add_force(parser)
+
+
+def calibrate(parser: argparse.ArgumentParser) -> None:
+    """Which frames, and what is known already."""
+    parser.epilog = options.examples(
+        "dscsnet calibrate frames/ --out sensor.json",
+        "dscsnet calibrate frames/ --fix sigma=0.5 --fix noise=2 --out sensor.json",
+        "dscsnet unmix frames/ --known sensor.json --out targets.csv",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="PNG, TIFF, NPY or NPZ files, or folders of them: frames of one size",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a .json file to write")
+    parser.add_argument(
+        "--seed", type=options.seed, default=0, help="of the choice among many frames"
+    )
+    options.add_fixed(parser)
+    options.add_sensor(parser, fits=False)
+    options.add_prior(parser)
     options.add_force(parser)
 
 

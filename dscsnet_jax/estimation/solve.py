@@ -131,7 +131,7 @@ def solve(
     num_frames = len(observation.counts)
     if estimate_noise:
         start = gathered(selected(observation, start, known, compare=False, greedy=greedy))
-        observation = _remeasured(observation, start, known)
+        observation = remeasured(observation, start, known)
     counted = selected(observation, start, known, compare=not fixed_count, greedy=greedy)
     fits = [(w, s.fit.targets, _fit_values(w, s.fit)) for w, s in counted]
     found, values = windows.gather(fits)
@@ -382,7 +382,7 @@ def _remeasure(given: tuple[Observation, Any, Any], gain: Any) -> Observation:
     return observing.remeasured(*given, gain)
 
 
-def _remeasured(observation: Observation, targets: Flat, known: Known) -> Observation:
+def remeasured(observation: Observation, targets: Flat, known: Known) -> Observation:
     """`observation.remeasured` with these targets, block by block."""
     source = windows.light_of(targets, known.psf, observation.counts)
     number = np.bincount(targets.frame, minlength=len(source)).astype(source.dtype)

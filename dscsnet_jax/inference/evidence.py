@@ -95,6 +95,23 @@ def laplace(best: Fit, observation: Observation, known: Known, *, limits: bool =
 
 
 @lanes_last
+def dark(observation: Observation, known: Known) -> jax.Array:
+    """Log likelihood of windows without any target, at their expected level.
+
+    Args:
+      observation: B windows.
+      known: PSF, sensor's gain and scene prior.
+
+    Returns:
+      (B,) natural logarithms, as of `laplace`.
+    """
+    seen = to_lanes(observation)
+    mask = jnp.zeros((1, seen.counts.shape[-1]), bool)
+    theta = jnp.zeros((4, seen.counts.shape[-1]), seen.counts.dtype)
+    return scene_model(seen, mask, known).log_likelihood(theta)
+
+
+@lanes_last
 def psf_information(best: Fit, observation: Observation, known: Known) -> jax.Array:
     """Information of the PSF's coordinates when the targets of each window are unknown as well.
 

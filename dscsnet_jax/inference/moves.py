@@ -17,7 +17,7 @@ from dscsnet_jax.inference.summary import numbered
 from dscsnet_jax.inference.theta import parts_of, theta_of
 
 # Shares of the moves, in the order of `propose`.
-_MOVES = (0.7, 0.12, 0.03, 0.05, 0.1)
+_MOVES = (0.5, 0.12, 0.03, 0.2, 0.15)
 _LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
 WALK = 0
 """The kind of the move of all parameters."""
@@ -114,7 +114,7 @@ def propose(
         angle, length = 2 * np.pi * u[0], low * (high / low) ** u[size + 2]
         off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
         off = (off * length).reshape(-1, *off.shape[2:])
-        return theta.at[:-1].add(off)
+        return numbered(theta.at[:-1].add(off), fitted, mask)
 
     def symmetric(move: Callable[[], jax.Array]) -> tuple[jax.Array, jax.Array]:
         return move(), jnp.zeros_like(theta[-1])

@@ -163,12 +163,12 @@ def apply_to_scene(
     if preset.variation is None:
         return network.apply(params, y, operator, noise=scene.noise, **options)
 
-    def one(y: jax.Array, noise: jax.Array, sigma: jax.Array) -> Unfolded:
+    def one(y: jax.Array, noise: jax.Array, sigma: jax.Array) -> tuple[jax.Array, Any]:
         own = sensing_operator(operator.frame_shape, division=operator.division, psf=sigma)
         answer = network.apply(params, y[None], own, noise=noise[None], **options)
-        return Unfolded(answer.x[0], jax.tree.map(lambda a: a[:, 0], answer.trace))
+        return answer.x[0], jax.tree.map(lambda a: a[:, 0], answer.trace)
 
-    return jax.vmap(one, out_axes=Unfolded(0, 1))(y, scene.noise, scene.sigma)
+    return Unfolded(*jax.vmap(one, out_axes=(0, 1))(y, scene.noise, scene.sigma))
 
 
 def grid_truth(targets: Targets, preset: Preset, width: float = 0.0) -> jax.Array:

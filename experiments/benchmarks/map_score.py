@@ -71,7 +71,7 @@ def main() -> None:
     weights = load_weights(args.weights) if args.weights else pretrained("csist_c3")
     preset = scene.get_preset("csist", division=weights.metadata.geometry.division)
     keys = scene.frame_keys(SEED, "test", jnp.arange(args.num))
-    truth, frames = jax.jit(scene.simulate, static_argnums=0)(preset, keys)
+    truth, frames, *_ = jax.jit(scene.simulate, static_argnums=0)(preset, keys)
     rows = network_rows(weights, np.asarray(frames), truth) | reference_rows(preset, truth)
     print(
         f"csist, c = {preset.division}, {args.num} frames of the test split, seed {SEED}, "

@@ -53,7 +53,7 @@ def test_varied_frames_are_written_unrounded_with_the_nominal_sigma(
     assert split.sigma == 0.5
     record = json.loads((folder / "simulation.json").read_text())
     assert record["sigma"] == 0.5
-    assert record["variation"]["sigma"] == [0.45, 0.55]
+    assert record["variation"]["sigma"] == [0.4, 1.0]
     assert record["variation"]["read_noise"] == [-1.0, 10.0]
     assert simulate.recorded_preset(folder) == preset
     assert scoring.guide_row(split.targets, preset) == {}

@@ -502,7 +502,7 @@ def test_row33_every_frame_is_scored_once_when_the_last_batch_is_ragged(
             {"scene__preset": "csist_varied", "scene__intensity_high": 300.0},
             {
                 "intensity": (50, 300),
-                "sigma": (0.45, 0.55),
+                "sigma": (0.4, 1.0),
                 "read_noise": (0, 10),
                 "pedestal": (0, 20),
             },

@@ -22,6 +22,7 @@ from dscsnet_jax.physics.scene import (
 from dscsnet_jax.training.step import (
     Step,
     TrainState,
+    apply_to_scene,
     grid_truth,
     init_state,
     make_optimiser,
@@ -355,3 +356,23 @@ def test_parameters_and_frames_of_one_seed_share_no_key() -> None:
     together = np.concatenate(used)
     assert len(together) == 2 * (64 + 1 + 1 + 3 * 65)
     assert len(np.unique(together, axis=0)) == len(together)
+
+
+def test_frames_of_varied_optics_are_each_seen_through_their_own() -> None:
+    preset = get_preset("csist_varied", frame_size=7)
+    scene = jax.jit(simulate, static_argnums=0)(preset, frame_keys(SEED, "train", jnp.arange(3)))
+    assert len(np.unique(scene.sigma)) == 3
+    assert ((scene.sigma >= 0.4) & (scene.sigma <= 1.0)).all()
+    network = DSCSNet(NetworkConfig(iterations=2, channels=4, normalise="frame"))
+    nominal = sensing_operator(7, division=3, psf=0.5)
+    params = network.init(jax.random.key(0), nominal)
+    together = apply_to_scene(network, params, scene, preset, nominal, trace=True)
+    for i, sigma in enumerate(np.asarray(scene.sigma)):
+        own = sensing_operator(7, division=3, psf=sigma)
+        y, noise = (scene.frames - scene.level[:, None, None])[i, None], scene.noise[i, None]
+        alone = network.apply(params, y, own, noise=noise, trace=True)
+        scale = float(jnp.abs(alone.x).max())
+        np.testing.assert_allclose(together.x[i], alone.x[0], atol=1e-4 * scale)
+        np.testing.assert_allclose(
+            together.trace["z"][:, i], alone.trace["z"][:, 0], atol=1e-4 * scale
+        )

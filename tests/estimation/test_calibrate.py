@@ -1,0 +1,98 @@
+"""Calibration: what frames have in common is learned from them, and what is known is kept."""
+
+import jax
+import numpy as np
+import pytest
+
+from dscsnet_jax.estimation.calibrate import Calibration, calibrate
+from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.prior import preset_prior
+from dscsnet_jax.physics import scene
+from dscsnet_jax.physics.preset import Sensor
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+
+PRESET = scene.get_preset("csist_noise", read_noise=2.0, pedestal=15.0)
+TRUE = PRESET.known
+PLACES = preset_prior(PRESET).replace(intensity=None, count=None, places="joint")
+"""Where targets are is told: the search for it compiles for minutes."""
+
+
+def frames_of(number: int) -> np.ndarray:
+    keys = scene.frame_keys(5, "val", np.arange(number))
+    return np.asarray(jax.jit(scene.simulate, static_argnums=0)(PRESET, keys).frames)
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return frames_of(56)
+
+
+@pytest.fixture(scope="module")
+def taught(frames: np.ndarray) -> Calibration:
+    return calibrate(frames, Known(prior=PLACES))
+
+
+def test_sensor_is_learned(taught: Calibration) -> None:
+    for name, truth in (("read_noise", 2.0), ("level", 15.0)):
+        value, error = taught.parameters[name]
+        assert abs(value - truth) < 4 * error, name
+        assert error < 0.03, name
+    assert taught.known.sensor.saturation == 255  # many pixels are stuck at it
+
+
+def test_optics_and_intensities_are_learned(taught: Calibration) -> None:
+    width, error = taught.parameters["width"]
+    assert abs(width - 0.5) < 4 * error
+    assert error < 0.005
+    low, high = taught.known.prior.intensity.range
+    assert abs(low - 220) < 11
+    assert abs(high - 250) < 12.5
+
+
+def test_counts_are_learned(taught: Calibration) -> None:
+    share = np.array(taught.known.prior.count)
+    truth = np.array(TRUE.prior.count)
+    assert share.sum() == pytest.approx(1)
+    assert np.abs(share[: len(truth)] - truth).max() < 4 * (0.25 / 56) ** 0.5
+    assert taught.gain > 50
+    assert taught.other < 0.1
+
+
+def test_it_tells_what_it_learned(taught: Calibration) -> None:
+    lines = taught.report().splitlines()
+    assert lines[0] == "learned from 56 frames"
+    assert any(line.startswith("read noise") and line.endswith("counts") for line in lines)
+    assert any(line.startswith("groups by targets: 1: ") for line in lines)
+
+
+def test_what_is_known_is_kept(frames: np.ndarray) -> None:
+    prior = PLACES.replace(intensity=TRUE.prior.intensity, count=TRUE.prior.count)
+    start = Known(0.5, Sensor(read_noise=2.0, background=15.0, saturation=255.0), prior)
+    kept = calibrate(frames[:16], start)
+    assert kept.known.sensor == start.sensor
+    assert kept.known.prior.intensity == prior.intensity
+    assert kept.known.psf.sigma == 0.5
+    assert not kept.parameters
+
+
+def test_frames_of_another_kind_carry_nothing_away(frames: np.ndarray) -> None:
+    other = frames[:48].copy()
+    other[:4, 5, 5] = 250.0  # no target is so narrow
+    start = Known(0.5, Sensor(background=15.0, saturation=255.0), PLACES)
+    low, high = calibrate(other, start).known.prior.intensity.range
+    assert abs(low - 220) < 15
+    assert abs(high - 250) < 15
+
+
+@pytest.mark.parametrize(
+    ("wrong", "start", "message"),
+    [
+        (np.zeros((3, 11, 11)), Known(), "at least 8 frames"),
+        (np.zeros((9, 11, 11)), Known(), "without targets"),
+        (np.zeros((9, 11, 11)), Known(sensor=Sensor(read_noise=np.ones(9))), "'read_noise'"),
+    ],
+)
+def test_what_teaches_nothing_is_refused(wrong: np.ndarray, start: Known, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(wrong, start)
