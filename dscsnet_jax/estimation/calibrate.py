@@ -23,8 +23,8 @@ from dscsnet_jax.batching import in_blocks, windows_per_block
 from dscsnet_jax.estimation.groups import components, linked, reach_of_groups
 from dscsnet_jax.estimation.observed import observed, recorded, with_full_well
 from dscsnet_jax.estimation.solve import gathered, remeasured, selected
-from dscsnet_jax.estimation.unmix import first_targets, pretrained
-from dscsnet_jax.estimation.windows import Flat, widest_of
+from dscsnet_jax.estimation.unmix import pretrained
+from dscsnet_jax.estimation.windows import Flat, flat, widest_of
 from dscsnet_jax.inference.evidence import dark
 from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.known import Known
@@ -34,6 +34,7 @@ from dscsnet_jax.io.frames import full_well
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian, as_psf, require
 from dscsnet_jax.physics.sensor import PER_PIXEL
+from dscsnet_jax.physics.targets import no_targets
 
 _FRAMES = 256  # that are looked at, of more
 _FEWEST = 8
@@ -46,6 +47,7 @@ _STUCK = 8  # pixels at a full well, and in what its neighbours let expect
 _WORTH = 6.0  # nats that another number must bring
 _DONE = 1.0  # nats of a sweep that is the last
 _CELL = 0.02  # of the table of free shares
+_MEDIAN_OFF = 0.6745  # of a Gaussian, in standard deviations
 _COMMON = 1.5  # scatter of the frames' levels, in their errors, if they have one in common
 _REACH = {"intensity": 1.2, "spread": 5.0, "width": 1.06}  # factors of a first search
 _LEAST_SPREAD, _MOST_SPREAD = 0.01, 0.98
@@ -150,6 +152,8 @@ def _piled_up(y: np.ndarray) -> float:
     """The full well by the pixels that are stuck at the largest value; inf: they are not many."""
     seen = y[np.isfinite(y)]
     most = seen.max(initial=0)
+    if most <= 0:
+        return float("inf")
     stuck, below = (seen == most).sum(), ((seen < most) & (seen >= 0.9 * most)).sum()
     # In as many steps as whole counts are within a tenth of the largest value, at most.
     expected = below / max(0.1 * most, 1)
@@ -178,7 +182,7 @@ class _Search:
         psf = pretrained().metadata.geometry.sigma[0] if start.psf is None else start.psf
         known = dataclasses.replace(start, psf=as_psf(psf))
         self.observation = observed(y, known.sensor)
-        first = first_targets(self.observation, known.for_windows())
+        first = flat(no_targets(len(y), 1))
         self.targets = gathered(selected(self.observation, first, known.for_windows()))
         require(len(self.targets.frame) > 0, "without targets there is nothing to learn from")
         self.parameters: dict[str, tuple[float, float]] = {}
@@ -191,23 +195,26 @@ class _Search:
     def measured(self, known: Known) -> Sensor:
         """The sensor with the noise and the level that all frames have in common."""
         sensor = known.sensor
-        if sensor.read_noise is not None:
+        if sensor.read_noise is not None and sensor.background is not None:
             return sensor
         again = remeasured(self.observation, self.targets, known.for_windows())
-        used = 3 * np.bincount(self.targets.frame, minlength=len(self.y)) + 1
-        freedom = np.maximum(again.valid.sum((1, 2)) - used, 5)
-        variance = np.asarray(again.noise, float)[:, 0, 0] ** 2
-        # Of chi square the median; frames of another kind do not move it.
-        noise2 = float(np.median(variance / (1 - 2 / (9 * freedom)) ** 3))
-        whole = (self.y == np.round(self.y)).all()
-        read = float(np.sqrt(max(noise2 - (ROUNDING**2 if whole else 0), 0)))
-        error = np.sqrt(noise2 / freedom)
-        scatter = 1.2533 * read / np.sqrt(2 * freedom.sum())
-        self.parameters["read_noise"] = read, float(scatter)
-        sensor = dataclasses.replace(sensor, read_noise=read)
-        level = np.asarray(again.level, float)[:, 0, 0]
-        off = np.median(np.abs(level - np.median(level)) / error) / 0.6745
-        if sensor.background is not None or off > _COMMON:
+        if sensor.read_noise is None:
+            used = 3 * np.bincount(self.targets.frame, minlength=len(self.y)) + 1
+            freedom = np.maximum(again.valid.sum((1, 2)) - used, 5)
+            variance = np.asarray(again.noise, float)[:, 0, 0] ** 2
+            # Of chi square the median; frames of another kind do not move it.
+            noise2 = float(np.median(variance / (1 - 2 / (9 * freedom)) ** 3))
+            whole = (self.y == np.round(self.y)).all()
+            read = float(np.sqrt(max(noise2 - (ROUNDING**2 if whole else 0), 0)))
+            # A median's error is that of a mean, times sqrt(pi / 2).
+            of_median = noise2 * float(np.sqrt(np.pi / 4 / freedom.sum())) / max(read, ROUNDING)
+            self.parameters["read_noise"] = read, of_median
+            sensor = dataclasses.replace(sensor, read_noise=read)
+        if sensor.background is not None:
+            return sensor
+        level, error = (np.asarray(a, float) for a in (again.level[:, 0, 0], again.background_std))
+        off = np.median(np.abs(level - np.median(level)) / error) / _MEDIAN_OFF
+        if off > _COMMON:
             return sensor
         common = float(np.average(level, weights=1 / error**2))
         self.parameters["level"] = common, float((error**-2).sum() ** -0.5)
@@ -287,6 +294,7 @@ class _Search:
         """Search, and describe what was found."""
         first = self.best.value
         self.begin()
+        sought = False
         for sweep in range(_SWEEPS):
             before, shrink = self.best.value, 0.5**sweep
             self.targets = self.best.targets
@@ -295,8 +303,9 @@ class _Search:
                 if self.learns(name):
                     at, reach = _number(self.best.known, name), factor**shrink
                     self.along(name, at / reach, at * reach)
-            if sweep == 1 or self.best.value - before < _DONE:
+            if not sought and (sweep or self.best.value - before < _DONE):
                 self.cluster()
+                sought = True
             if self.best.known.prior.cluster_size is not None:
                 for name in ("separation", "cluster_size"):
                     at = _number(self.best.known, name)

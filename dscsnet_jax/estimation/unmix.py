@@ -22,9 +22,8 @@ from dscsnet_jax.estimation.psf_fit import fit_psf
 from dscsnet_jax.estimation.result import UnmixResult, grid_result, solved_result
 from dscsnet_jax.estimation.solve import solve
 from dscsnet_jax.estimation.start import read_windows
-from dscsnet_jax.estimation.windows import Flat, flat
+from dscsnet_jax.estimation.windows import flat
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.io.frames import full_well
 from dscsnet_jax.io.weights import Weights, load_weights, packaged_weights
 from dscsnet_jax.maps.network import check_psf, read_maps
@@ -192,14 +191,6 @@ def unmix(
         )
     begun = "network" if by_network else "detection"
     return solved_result(solved, known, maps=maps, start=begun, psf_parameters=parameters)
-
-
-def first_targets(observation: Observation, known: Known) -> Flat:
-    """First targets of frames, by the packaged weights if they serve the PSF."""
-    weights, most = pretrained(), max(_ROOM, observation.counts[0].size // 8)
-    if _trained_for(weights, known.psf):
-        return read_windows(observation, weights, known, threshold=None, max_targets=most)
-    return flat(no_targets(len(observation.counts), 1))
 
 
 def _completed(known: Known, well: float, weights: Weights, *, named: bool) -> Known:
