@@ -1,13 +1,13 @@
 """Calibrate: what frames teach of the sensor and the scenes that they have in common.
 
 Empirical Bayes: of all that might be known, that is taken under which the frames are most
-probable, whatever their targets and their numbers of targets. With `Z_n(f)` the evidence of
-`n` targets in a group `f`,
+probable, whatever their targets and their numbers of targets. With `Z_n(g)` the evidence of
+`n` targets in a group `g`, against none,
 
-    S(known) = sum_f log [ (1 - w) sum_n p(n) Z_n(f | known) + w Z(f | start) ]
+    S(known) = sum_f log [ (1 - w) prod_(g in f) sum_n p(n) Z_n(g | known) + w Z(f | start) ]
 
-where the last term, of weight `w`, is what the frame would be worth to who knows nothing: one
-that is of another kind counts as such, instead of carrying all others away.
+where the last term, of weight `w`, is what a frame `f` would be worth to who knew no more than
+before: one that is of another kind counts as such, instead of carrying all others away.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ _DONE = 1.0  # nats of a sweep that is the last
 _CELL = 0.02  # of the table of free shares
 _MEDIAN_OFF = 0.6745  # of a Gaussian, in standard deviations
 _COMMON = 1.5  # scatter of the frames' levels, in their errors, if they have one in common
-_REACH = {"intensity": 1.2, "spread": 5.0, "width": 1.06}  # factors of a first search
+_REACH = {"intensity": 1.2, "spread": 5.0, "width": 1.1}  # factors of a first search
+_ROUGH, _MOST_ROUGH = 1.15, 8  # steps of a first search for the width of the PSF
+_FAINT = 20  # counts below which whole ones pile up without a full well
 _LEAST_SPREAD, _MOST_SPREAD = 0.01, 0.98
 _LABELS = {
     "read_noise": ("read noise", "counts"),
@@ -60,7 +62,7 @@ _LABELS = {
     "separation": ("least separation", "pixels"),
     "cluster_size": ("cluster size", "pixels"),
 }
-_STARTS = np.geomspace(1, 6, 8)  # targets that may make the light of a typical frame
+_STARTS = np.geomspace(1, 6, 8)  # targets that may make the light of a typical group
 _SIZES = (0.8, 1.0, 1.25, 1.6)  # of a cluster, in what the widest ones seem to have
 _SEPARATIONS = (0.2, 0.35, 0.5)  # sizes of the cluster
 _OFFSETS = np.arange(-5, 5) / 10  # pixels
@@ -140,19 +142,19 @@ def calibrate(frames: Any, start: Known | None = None, *, seed: int = 0) -> Cali
     start = start or Known()
     y = recorded(frames, start.sensor.bad_pixels, mask_invalid=True)
     well = min(full_well(getattr(frames, "dtype", float)), _piled_up(y))
-    start = with_full_well(start, well).checked(y.shape)
+    start = start.checked(y.shape)
     of_frames = [n for n in PER_PIXEL if np.ndim(getattr(start.sensor, n)) in (1, 3)]
     require(not of_frames, f"what is common to all frames is learned, got {of_frames} of each")
     require(len(y) >= _FEWEST, f"expected at least {_FEWEST} frames to learn from, got {len(y)}")
     some = np.random.default_rng(seed).permutation(len(y))[:_FRAMES]
-    return _Search(y[np.sort(some)], start).calibration()
+    return _Search(y[np.sort(some)], start, well).calibration()
 
 
 def _piled_up(y: np.ndarray) -> float:
     """The full well by the pixels that are stuck at the largest value; inf: they are not many."""
     seen = y[np.isfinite(y)]
     most = seen.max(initial=0)
-    if most <= 0:
+    if most < _FAINT:
         return float("inf")
     stuck, below = (seen == most).sum(), ((seen < most) & (seen >= 0.9 * most)).sum()
     # In as many steps as whole counts are within a tenth of the largest value, at most.
@@ -177,20 +179,35 @@ class _Trial(NamedTuple):
 class _Search:
     """Coordinate by coordinate, from several starts."""
 
-    def __init__(self, y: np.ndarray, start: Known) -> None:
+    def __init__(self, y: np.ndarray, start: Known, well: float) -> None:
         self.y, self.start = y, start
         psf = pretrained().metadata.geometry.sigma[0] if start.psf is None else start.psf
-        known = dataclasses.replace(start, psf=as_psf(psf))
+        known = dataclasses.replace(with_full_well(start, well), psf=as_psf(psf))
         self.observation = observed(y, known.sensor)
         first = flat(no_targets(len(y), 1))
-        self.targets = gathered(selected(self.observation, first, known.for_windows()))
+        self.targets, self.base = first, None
+        self.best = self.trial(known)
+        self.targets = self.best.targets
         require(len(self.targets.frame) > 0, "without targets there is nothing to learn from")
+        if start.psf is None:
+            for factor in (_ROUGH, 1 / _ROUGH):
+                self.wider(factor)
+        self.targets, known = self.best.targets, self.best.known
         self.parameters: dict[str, tuple[float, float]] = {}
         known = dataclasses.replace(known, sensor=self.measured(known))
         self.observation = observed(y, known.sensor)
-        self.base: np.ndarray | None = None
         self.best = self.trial(known)
         self.base = self.best.score
+
+    def wider(self, factor: float) -> None:
+        """Ever wider PSFs, or narrower ones, as long as they are worth more."""
+        for _ in range(_MOST_ROUGH):
+            at = self.best
+            self.better(
+                self.trial(_changed(at.known, "width", _number(at.known, "width") * factor))
+            )
+            if self.best is at:
+                break
 
     def measured(self, known: Known) -> Sensor:
         """The sensor with the noise and the level that all frames have in common."""
@@ -204,7 +221,8 @@ class _Search:
             variance = np.asarray(again.noise, float)[:, 0, 0] ** 2
             # Of chi square the median; frames of another kind do not move it.
             noise2 = float(np.median(variance / (1 - 2 / (9 * freedom)) ** 3))
-            whole = (self.y == np.round(self.y)).all()
+            seen = self.y[np.isfinite(self.y)]
+            whole = (seen == np.round(seen)).all() if sensor.quantised is None else sensor.quantised
             read = float(np.sqrt(max(noise2 - (ROUNDING**2 if whole else 0), 0)))
             # A median's error is that of a mean, times sqrt(pi / 2).
             of_median = noise2 * float(np.sqrt(np.pi / 4 / freedom.sum())) / max(read, ROUNDING)
@@ -212,30 +230,40 @@ class _Search:
             sensor = dataclasses.replace(sensor, read_noise=read)
         if sensor.background is not None:
             return sensor
-        level, error = (np.asarray(a, float) for a in (again.level[:, 0, 0], again.background_std))
+        # What is above the pedestal: one number a frame.
+        level, error = np.asarray(again.background, float)[:, 0, 0], again.background_std
         off = np.median(np.abs(level - np.median(level)) / error) / _MEDIAN_OFF
         if off > _COMMON:
             return sensor
         common = float(np.average(level, weights=1 / error**2))
         self.parameters["level"] = common, float((error**-2).sum() ** -0.5)
-        if sensor.gain is None:  # light without shot noise is no light
+        if sensor.gain is None and sensor.pedestal is None:  # without shot noise it is no light
             return dataclasses.replace(sensor, pedestal=common, background=0.0)
-        return dataclasses.replace(sensor, background=common - (sensor.pedestal or 0))
+        return dataclasses.replace(sensor, background=common)
 
     def trial(self, known: Known) -> _Trial:
         """The evidence of all frames, their numbers of targets unknown."""
         # Numbers of one type: one program, whichever were searched.
         told = jax.tree.map(np.float32, known.for_windows())
         score, counts = np.zeros(len(self.y)), np.zeros((len(self.y), _MOST + 1))
+        pixels = self.observation.valid.sum((1, 2))
         counted = selected(self.observation, self.targets, told)
         for w, s in counted:
             none = in_blocks(_dark, w.observation, told, size=windows_per_block())
             table = np.asarray(s.log_evidence, float)
+            # Places are as likely all over the frame, whatever the window.
+            number = np.arange(table.shape[1])
+            number = number if known.prior.cluster_size is None else np.minimum(number, 1)
+            area = w.observation.valid.sum((1, 2)) / pixels[w.frame]
+            table = table + number * np.log(np.maximum(area, 1e-6))[:, None]
+            table[w.split] = -np.inf  # a part of a group, with guests: its evidence is not its own
+            none[w.split] = 0
             best = np.where(np.isfinite(table.max(1)), table.max(1), 0)
             share = np.exp(table - best[:, None])
             total = np.maximum(share.sum(1), 1e-30)
-            possible = np.isfinite(table.max(1))
-            np.add.at(score, w.frame, np.where(possible, best + np.log(total) - none, -np.inf))
+            possible = np.where(w.split, 0, -np.inf)
+            value = np.where(np.isfinite(table.max(1)), best + np.log(total) - none, possible)
+            np.add.at(score, w.frame, value)
             share = (share / total[:, None])[:, : _MOST + 1]
             np.add.at(counts[:, : share.shape[1]], w.frame, share)
         score = score if self.base is None else _mixed(score, self.base)
@@ -281,7 +309,9 @@ class _Search:
         if prior.cluster_size is None:
             extent = _extents(self.best)
             widest = max(float(np.quantile(extent, 0.95)) if len(extent) else 0.0, 0.2)
-            self.one_of("cluster_size", widest * np.array(_SIZES))
+            self.one_of(
+                "cluster_size", np.maximum(widest * np.array(_SIZES), 1.01 * prior.separation)
+            )
         size = self.best.known.prior.cluster_size
         if size is None:
             return
@@ -306,11 +336,13 @@ class _Search:
             if not sought and (sweep or self.best.value - before < _DONE):
                 self.cluster()
                 sought = True
-            if self.best.known.prior.cluster_size is not None:
+            prior = self.best.known.prior
+            if prior.cluster_size is not None:
                 for name in ("separation", "cluster_size"):
                     at = _number(self.best.known, name)
                     if self.learns(name) and at > 0:
-                        self.along(name, at / 1.15**shrink, at * 1.15**shrink)
+                        least = 1.01 * prior.separation if name == "cluster_size" else 0
+                        self.along(name, max(at / 1.15**shrink, least), at * 1.15**shrink)
             if sweep and self.best.value - before < _DONE:
                 break
         for name in (*_REACH, "separation", "cluster_size"):
@@ -326,12 +358,14 @@ class _Search:
 
     def found(self) -> Known:
         """What is known in the end, checked, as plain numbers."""
-        psf, prior = self.best.known.psf, self.best.known.prior
+        psf, prior, sensor = self.best.known.psf, self.best.known.prior, self.best.known.sensor
+        if self.start.sensor.saturation is None and sensor.saturation == np.inf:
+            sensor = dataclasses.replace(sensor, saturation=None)  # none was seen
         names = ("separation", "cluster_size", "cluster_offset", "count", "places", "intensity")
         given = {name: getattr(prior, name) for name in names}
         if self.start.psf is None:
             psf = Gaussian(float(np.mean(psf.width)))
-        return dataclasses.replace(self.best.known, psf=psf, prior=scene_prior(**given)).checked()
+        return Known(psf, sensor, scene_prior(**given)).checked()
 
     def learns(self, name: str) -> bool:
         """Whether a number is not told."""
@@ -346,10 +380,10 @@ class _Search:
         return not told[name]
 
     def begin(self) -> None:
-        """Intensities: from the light of a typical frame, made by one target or by several."""
+        """Intensities: from the light of a typical group, made by one target or by several."""
         if not self.learns("intensity"):
             return
-        light = np.bincount(self.targets.frame, self.targets.intensity, len(self.y))
+        light = np.bincount(_groups(self.best), self.best.targets.intensity)
         typical = float(np.median(light[light > 0]))
         count = self.start.prior.count or (_LEAST_SHARE, *[1.0] * _MOST)
         starts = []
@@ -409,13 +443,17 @@ def _changed(known: Known, name: str, value: float) -> Known:
     return dataclasses.replace(known, prior=prior)
 
 
+def _groups(trial: _Trial) -> np.ndarray:
+    """(T,) number of the group of each target."""
+    at, reach = trial.targets, reach_of_groups(widest_of(trial.known.psf))
+    return components(linked(at.position, at.frame, reach), len(at.frame))
+
+
 def _extents(trial: _Trial) -> np.ndarray:
     """Larger side of each group of several targets, pixels."""
-    at = trial.targets
-    reach = reach_of_groups(widest_of(trial.known.psf))
-    group = components(linked(at.position, at.frame, reach), len(at.frame))
+    group = _groups(trial)
     order = np.argsort(group, kind="stable")
-    place = at.position[order]
+    place = trial.targets.position[order]
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     if not len(starts):
         return np.zeros(0)

@@ -114,7 +114,7 @@ def propose(
         angle, length = 2 * np.pi * u[0], low * (high / low) ** u[size + 2]
         off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
         off = (off * length).reshape(-1, *off.shape[2:])
-        return numbered(theta.at[:-1].add(off), fitted, mask)
+        return theta.at[:-1].add(off)
 
     def symmetric(move: Callable[[], jax.Array]) -> tuple[jax.Array, jax.Array]:
         return move(), jnp.zeros_like(theta[-1])

@@ -104,7 +104,7 @@ def read_maps(
         name=readout,
         division=geometry.division,
         threshold=float(least),
-        separation=_separation(weights),
+        separation=_separation(weights, width),
         capacity=capacity,
         max_targets=max_targets,
     )
@@ -197,12 +197,14 @@ def _trained_sigma(weights: Weights) -> tuple[float, ...]:
     return (low, high) if low < high else ()
 
 
-def _separation(weights: Weights) -> float:
+def _separation(weights: Weights, width: np.ndarray) -> float:
     """Least distance of two read-out peaks, pixels: that of the targets in training.
 
-    A fifth is left for the error of the two centroids.
+    It grows with the PSF where that varied. A fifth is left for the error of the two centroids.
     """
-    return 0.8 * float(weights.metadata.training.get("separation", 0.5))
+    least = float(weights.metadata.training.get("separation", 0.5))
+    wide = float(np.mean(width) / np.mean(weights.metadata.geometry.sigma))
+    return round(0.8 * least * (wide if _trained_sigma(weights) else 1), 2)  # few programs
 
 
 def _capacity(weights: Weights) -> float | None:
