@@ -12,7 +12,7 @@ from dscsnet_jax.physics.preset import Sensor
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
-PRESET = scene.get_preset("csist_noise", read_noise=2.0, pedestal=15.0)
+PRESET = scene.get_preset("csist_noise", read_noise=2.0, pedestal=15.0, sigma=0.6)
 TRUE = PRESET.known
 PLACES = preset_prior(PRESET).replace(intensity=None, count=None, places="joint")
 """Where targets are is told: the search for it compiles for minutes."""
@@ -43,7 +43,7 @@ def test_sensor_is_learned(taught: Calibration) -> None:
 
 def test_optics_and_intensities_are_learned(taught: Calibration) -> None:
     width, error = taught.parameters["width"]
-    assert abs(width - 0.5) < 4 * error
+    assert abs(width - 0.6) < 4 * error
     assert error < 0.005
     low, high = taught.known.prior.intensity.range
     assert abs(low - 220) < 11
@@ -68,18 +68,18 @@ def test_it_tells_what_it_learned(taught: Calibration) -> None:
 
 def test_what_is_known_is_kept(frames: np.ndarray) -> None:
     prior = PLACES.replace(intensity=TRUE.prior.intensity, count=TRUE.prior.count)
-    start = Known(0.5, Sensor(read_noise=2.0, background=15.0, saturation=255.0), prior)
+    start = Known(0.6, Sensor(read_noise=2.0, background=15.0, saturation=255.0), prior)
     kept = calibrate(frames[:16], start)
     assert kept.known.sensor == start.sensor
     assert kept.known.prior.intensity == prior.intensity
-    assert kept.known.psf.sigma == 0.5
+    assert kept.known.psf.sigma == 0.6
     assert not kept.parameters
 
 
 def test_frames_of_another_kind_carry_nothing_away(frames: np.ndarray) -> None:
     other = frames[:48].copy()
     other[:4, 5, 5] = 250.0  # no target is so narrow
-    start = Known(0.5, Sensor(background=15.0, saturation=255.0), PLACES)
+    start = Known(0.6, Sensor(background=15.0, saturation=255.0), PLACES)
     low, high = calibrate(other, start).known.prior.intensity.range
     assert abs(low - 220) < 15
     assert abs(high - 250) < 15
