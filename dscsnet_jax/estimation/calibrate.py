@@ -79,6 +79,12 @@ class Calibration:
       gain: nats of evidence that it is worth over what was known before.
       other: share of the frames that are of another kind than the rest.
       num_frames: that it was learned from.
+
+    Example:
+      >>> print(Calibration(Known(0.5), {"width": (0.5, 0.01)}, 9.0, 0.0, 8).report())
+      learned from 8 frames
+      PSF sigma                        0.5 +- 0.01 pixels
+      evidence gained: 9 nats
     """
 
     known: Known
