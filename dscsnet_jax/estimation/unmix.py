@@ -39,7 +39,7 @@ _ROOM = 16
 def pretrained(name: str = DEFAULT_WEIGHTS) -> Weights:
     """Weights shipped in the package, by name.
 
-    `varied_c3` serves any noise, offset and brightness and PSF widths of 0.4 .. 1.0
+    `varied_c3` serves any noise, offset and brightness and PSF widths of 0.45 .. 0.55
     pixels; `csist_c3` was trained for the frames of the preset `csist` alone.
 
     Raises:

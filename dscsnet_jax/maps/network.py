@@ -72,7 +72,7 @@ def read_maps(
 ) -> tuple[np.ndarray, Targets, np.ndarray]:
     """Maps of frames, the targets read out of them, and where slots were missing.
 
-    A network that was trained for PSFs of many widths sees the one that is told, another its own.
+    A network that was told the PSF of each frame in training is told it here; another sees its own.
     """
     # Saturated pixels hold the least value that rounds to the full well; it was trained on that.
     recorded = np.where(observation.saturated, np.ceil(observation.counts), observation.counts)
@@ -80,7 +80,8 @@ def read_maps(
     y = _fill_invalid(above.astype(observation.counts.dtype), observation.valid)
     geometry = weights.metadata.geometry
     network = network_of(weights)
-    seen = known.psf.width if _trained_sigma(weights) else geometry.sigma
+    told = weights.metadata.training.get("optics") == "told"
+    seen = known.psf.width if told else geometry.sigma
     width = np.broadcast_to(np.asarray(seen, np.float32), (2,))
     operator = _operator(y.shape[1:], division=geometry.division, psf=width)
     model = _Model(network, jax.device_put(weights.params), operator)
@@ -204,7 +205,9 @@ def _separation(weights: Weights, width: np.ndarray) -> float:
     """
     least = float(weights.metadata.training.get("separation", 0.5))
     wide = float(np.mean(width) / np.mean(weights.metadata.geometry.sigma))
-    return round(0.8 * least * (wide if _trained_sigma(weights) else 1), 2)  # few programs
+    return round(
+        0.8 * least * (wide if weights.metadata.training.get("optics") == "told" else 1), 2
+    )  # few programs
 
 
 def _capacity(weights: Weights) -> float | None:

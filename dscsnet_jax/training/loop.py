@@ -412,10 +412,10 @@ def _initial_params(
 
 
 def _conditions(preset: Preset) -> dict[str, Any]:
-    """Ranges (low, high) of what was trained on: counts, sigma in pixels."""
+    """Ranges (low, high) of what was trained on, and whether the network was told the PSF."""
     low, high = preset.cluster.intensity
     sensor, varied = preset.sensor, preset.variation
-    ranges: dict[str, list[Any]]
+    ranges: dict[str, Any]
     if varied is None:
         fixed = {
             "sigma": preset.sigma,
@@ -429,6 +429,7 @@ def _conditions(preset: Preset) -> dict[str, Any]:
         noise = [max(end, 0.0) for end in varied.read_noise]
         ranges = {
             "sigma": list(varied.sigma),
+            "optics": "told",
             "read_noise": noise,
             "pedestal": list(varied.pedestal),
         }

@@ -293,16 +293,16 @@ def test_row19_colour_png_is_refused(tmp_path: Path, capsys: Captured) -> None:
 
 def test_row21_weights_of_another_psf(stack: Path, capsys: Captured) -> None:
     """The method `grid` refuses them; `dscsnet` goes on without, and says so."""
-    wide = ["unmix", str(stack), "--sigma", "1.3", "--estimate", "map"]
+    wide = ["unmix", str(stack), "--sigma", "0.7", "--estimate", "map"]
     assert main([*wide, "--method", "grid"]) == 2
     error = capsys.readouterr().err
-    assert "0.4 to 1.0" in error
-    assert "1.3" in error
+    assert "0.45 to 0.55" in error
+    assert "0.7" in error
     assert main(wide) == 0
     told = capsys.readouterr()
     assert "note: " in told.err
     assert "starts from detection" in told.err
-    assert "0.4 to 1.0" in told.err
+    assert "0.45 to 0.55" in told.err
 
 
 @pytest.mark.parametrize("out", ["there.csv", "there.csv/a.csv", "new.txt"])

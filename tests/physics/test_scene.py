@@ -216,7 +216,9 @@ def test_frames_without_variation_are_those_of_scene_optics_and_sensor(name: str
 
 # --- conditions that vary from frame to frame ----------------------------------------------
 
-KNOWN = scene.Variation(pedestal_error=0.0, noise_error=0.0)  # users know offset and noise
+KNOWN = scene.Variation(
+    sigma=(0.45, 0.55), pedestal_error=0.0, noise_error=0.0
+)  # users know offset and noise
 # The outer two rows and columns are 3 pixels from any target: there is background alone.
 WIDE: dict[str, Any] = {"frame_size": 13, "margin": 5, "max_targets": 2}
 BORDER = np.pad(np.zeros((9, 9), bool), 2, constant_values=True)
@@ -283,7 +285,7 @@ def test_frames_hold_the_offset_and_noise_told(known: scene.Scene, is_digital: n
 
 def test_offset_and_noise_that_users_know_have_the_errors_told(known: scene.Scene) -> None:
     """The same frames; only what is known of them differs."""
-    told = varied(scene.Variation())
+    told = varied(dataclasses.replace(KNOWN, pedestal_error=0.13, noise_error=0.1))
     np.testing.assert_array_equal(told.frames, known.frames)
     noisy = known.noise > 0.1  # where float32 resolves an error of 0.13 deviations
     offset_error = (told.level - known.level)[noisy] / (0.13 * known.noise[noisy])
@@ -350,7 +352,7 @@ def test_psf_of_the_frames_has_the_range_told() -> None:
         middle = (low + high) / 2
         wide = held(middle) < share
         low, high = np.where(wide, low, middle), np.where(wide, middle, high)
-    assert stats.kstest(low, stats.uniform(0.4, 0.2).cdf).pvalue > 1e-3
+    assert stats.kstest(low, stats.loguniform(0.4, 0.6).cdf).pvalue > 1e-3
     assert not made.noise.any()
 
 
