@@ -11,7 +11,7 @@ from dscsnet_jax.cli import options
 from dscsnet_jax.evaluation.plot import plot_psf
 from dscsnet_jax.inference import known_file
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.io.outputs import prepare_output, replacing
+from dscsnet_jax.io.outputs import replacing
 from dscsnet_jax.physics.psf import as_psf
 
 _WIDE = 8  # numbers of a list that are shown
@@ -19,15 +19,12 @@ _WIDE = 8  # numbers of a list that are shown
 
 def run(args: argparse.Namespace) -> int:
     """Show or check it, draw its PSF, write it as a file."""
-    for path, suffix in ((args.plot, ".png"), (args.out, ".json")):
-        if path is not None:
-            if path.suffix.lower() != suffix:
-                raise ValueError(f"{path}: expected the suffix {suffix}, got {path.suffix!r}")
-            prepare_output(path, force=args.force)
+    if args.plot is not None:
+        options.prepare_file(args.plot, ".png", force=args.force)
+    if args.out is not None:  # large arrays go beside it
+        options.prepare_file(args.out, ".json", ".npz", force=args.force)
     presets = options.known_presets()
     known = presets[args.name].known if args.name in presets else Known.from_json(args.name)
-    if args.out is not None:  # large arrays go beside it
-        prepare_output(args.out.with_suffix(".npz"), force=args.force)
     if args.plot is not None and known.psf is None:
         raise ValueError(f"{args.name} tells no PSF that could be drawn")
     if args.action == "check":

@@ -7,14 +7,17 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dscsnet_jax.estimation import ESTIMATES, METHODS, READOUTS
+from dscsnet_jax.io.outputs import prepare_output
 from dscsnet_jax.physics.preset import Preset, presets
 
 if TYPE_CHECKING:
     from dscsnet_jax.inference.known import Known
     from dscsnet_jax.inference.prior import ScenePrior
+    from dscsnet_jax.io.frames import FrameStack
 
 _CHANGES = ("division", "frame_size", "sigma", "read_noise", "pedestal")
 # Fields of the sensor and the flags that set them.
@@ -182,6 +185,13 @@ def known_of(args: argparse.Namespace, base: Known | None = None) -> Known:
     )
 
 
+def known_of_stack(known: Known, stack: FrameStack) -> Known:
+    """What is known of frames of one type, with the full well of the type, if it has one."""
+    from dscsnet_jax.estimation.observed import with_full_well
+
+    return with_full_well(known, stack.full_well) if math.isfinite(stack.full_well) else known
+
+
 def known_of_runs(known: Known, runs: Iterable[Sized]) -> Iterator[Known]:
     """What is known of runs of frames that follow each other: of each frame's own, theirs."""
     first = 0
@@ -244,10 +254,19 @@ def fixed(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"NAME=VALUE with one of {', '.join(_FIXED)}, got {text}")
     if name != "intensity":
         return name, _FIXED[name](value)
-    ends = [counts(end) for end in value.split(",")]
+    ends = [_FIXED[name](end) for end in value.split(",")]
     if len(ends) != 2:
         raise argparse.ArgumentTypeError(f"intensity=LOW,HIGH, got {text}")
     return name, ends
+
+
+def prepare_file(path: Path, suffix: str, *beside: str, force: bool) -> None:
+    """Check, before the work starts, that a file and those beside it can be written."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: expected the suffix {suffix}, got {path.suffix!r}")
+    prepare_output(path, force=force)
+    for other in beside:
+        prepare_output(path.with_suffix(other), force=force)
 
 
 def positive(text: str) -> int:

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dscsnet_jax.cli import options, progress
-from dscsnet_jax.cli.calibrate import learned, prepare
-from dscsnet_jax.estimation.observed import with_full_well
+from dscsnet_jax.cli.calibrate import learned
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.inference.known import Known
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         prepare_catalog(args.out, force=args.force)
         if args.learn:
-            prepare(_beside(args.out), force=args.force)
+            options.prepare_file(_beside(args.out), ".json", ".npz", force=args.force)
     with progress.stage("reading"):
         stacks = read_many(args.paths, mask_invalid=args.mask_invalid)
     if args.learn:
@@ -84,7 +83,7 @@ def _known_of(stack: FrameStack, known: Known, *, alone: bool) -> Known:
     several = [n for n in PER_PIXEL if np.ndim(getattr(known.sensor, n)) in (1, 3)]
     if several and not alone:
         raise ValueError(f"{several[0]} of each frame: frames of one size and type are needed")
-    return with_full_well(known, stack.full_well) if np.isfinite(stack.full_well) else known
+    return options.known_of_stack(known, stack)
 
 
 def _answer(stack: FrameStack, known: Known, args: argparse.Namespace) -> UnmixResult:

@@ -190,8 +190,7 @@ class _Search:
         psf = pretrained().metadata.geometry.sigma[0] if start.psf is None else start.psf
         known = dataclasses.replace(with_full_well(start, well), psf=as_psf(psf))
         self.observation = observed(y, known.sensor)
-        first = flat(no_targets(len(y), 1))
-        self.targets, self.base = first, None
+        self.targets, self.base = flat(no_targets(len(y), 1)), None
         self.best = self.trial(known)
         self.targets = self.best.targets
         require(len(self.targets.frame) > 0, "without targets there is nothing to learn from")

@@ -80,8 +80,7 @@ def read_maps(
     y = _fill_invalid(above.astype(observation.counts.dtype), observation.valid)
     geometry = weights.metadata.geometry
     network = network_of(weights)
-    told = weights.metadata.training.get("optics") == "told"
-    seen = known.psf.width if told else geometry.sigma
+    seen = known.psf.width if _sees_optics(weights) else geometry.sigma
     width = np.broadcast_to(np.asarray(seen, np.float32), (2,))
     operator = _operator(y.shape[1:], division=geometry.division, psf=width)
     model = _Model(network, jax.device_put(weights.params), operator)
@@ -198,6 +197,11 @@ def _trained_sigma(weights: Weights) -> tuple[float, ...]:
     return (low, high) if low < high else ()
 
 
+def _sees_optics(weights: Weights) -> bool:
+    """Whether the network was told the PSF of each frame in training."""
+    return weights.metadata.training.get("optics") == "told"
+
+
 def _separation(weights: Weights, width: np.ndarray) -> float:
     """Least distance of two read-out peaks, pixels: that of the targets in training.
 
@@ -205,9 +209,8 @@ def _separation(weights: Weights, width: np.ndarray) -> float:
     """
     least = float(weights.metadata.training.get("separation", 0.5))
     wide = float(np.mean(width) / np.mean(weights.metadata.geometry.sigma))
-    return round(
-        0.8 * least * (wide if weights.metadata.training.get("optics") == "told" else 1), 2
-    )  # few programs
+    share = 0.8 * (wide if _sees_optics(weights) else 1)
+    return round(share * least, 2)  # few programs
 
 
 def _capacity(weights: Weights) -> float | None:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation.calibrate import Calibration, calibrate
+from dscsnet_jax.estimation.calibrate import Calibration, _piled_up, calibrate
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import preset_prior
 from dscsnet_jax.physics import scene
@@ -94,3 +94,13 @@ def test_what_is_known_is_kept(frames: np.ndarray) -> None:
 def test_what_teaches_nothing_is_refused(wrong: np.ndarray, start: Known, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrate(wrong, start)
+
+
+def test_a_full_well_is_what_many_pixels_are_stuck_at() -> None:
+    rng = np.random.default_rng(0)
+    light = np.round(rng.gamma(1, 100, (16, 11, 11)))
+    assert _piled_up(np.minimum(light, 255.0)) == 255
+    assert _piled_up(light) == np.inf
+    assert _piled_up(rng.poisson(1.0, (16, 11, 11)).clip(max=3).astype(float)) == np.inf
+    light[0, 0, 0] = np.nan
+    assert _piled_up(np.minimum(light, 255.0)) == 255

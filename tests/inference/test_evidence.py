@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import erf, gammaln, log_ndtr
 
-from dscsnet_jax.inference.evidence import laplace
+from dscsnet_jax.inference.evidence import dark, laplace
 from dscsnet_jax.inference.fit import Fit, fit
 from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.known import Known
@@ -439,3 +439,11 @@ def test_counts_that_the_prior_excludes(clusters):
 def test_a_preset_of_one_count():
     prior = preset_prior(get_preset("csist", count_std=0.0))
     np.testing.assert_array_equal(prior.count, (0, 0, 0, 1, 0, 0))
+
+
+def test_windows_without_targets():
+    rng = np.random.default_rng(0)
+    y = rng.normal(7, 2, (3, 5, 5)).astype(np.float32)
+    seen = observe(y, Sensor(read_noise=2.0, pedestal=3.0, background=4.0))
+    expected = -((y.astype(float) - 7) ** 2 / 8 + np.log(2.0)).sum((1, 2))
+    np.testing.assert_allclose(dark(seen, Known(Gaussian(0.5))), expected, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Network: networks bound to one size of frames see whole frames, others windows."""
 
+import dataclasses
 from functools import cache, partial
 from typing import Any
 
@@ -142,3 +143,19 @@ def test_a_map_shows_neither_level_nor_neighbours() -> None:
     np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-3)
     assert expected.max() > 10
     np.testing.assert_allclose(found.position[0, 0], TABLES[0][0][:2], atol=0.5)
+
+
+@pytest.mark.parametrize("optics", [None, "told"])
+def test_only_who_was_told_the_psf_in_training_is_told_it(optics: str | None) -> None:
+    weights = weights_of("dscsnet", iterations=1, channels=4)
+    training = {} if optics is None else {"optics": optics}
+    metadata = dataclasses.replace(weights.metadata, training=training)
+    told = Known(psf=Gaussian(np.full(2, 0.8, np.float32)))
+    how: dict[str, Any] = {"readout": "peaks", **SETTINGS}
+    maps = read_maps(seen(SIDE), Weights(weights.params, metadata), told, **how)[0]
+    y = seen(SIDE).counts - BACKGROUND
+    width = SIGMA if optics is None else 0.8
+    operator = quick_jit(partial(sensing_operator, SIDE, division=3, psf=width))()
+    network = make_network("dscsnet", iterations=1, channels=4)
+    expected = network.apply(weights.params, y, operator, noise=np.ones(len(y), np.float32)).x
+    np.testing.assert_allclose(maps, expected, atol=1e-3 * float(np.abs(expected).max()))

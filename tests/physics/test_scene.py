@@ -285,7 +285,7 @@ def test_frames_hold_the_offset_and_noise_told(known: scene.Scene, is_digital: n
 
 def test_offset_and_noise_that_users_know_have_the_errors_told(known: scene.Scene) -> None:
     """The same frames; only what is known of them differs."""
-    told = varied(dataclasses.replace(KNOWN, pedestal_error=0.13, noise_error=0.1))
+    told = varied(scene.Variation(sigma=KNOWN.sigma))
     np.testing.assert_array_equal(told.frames, known.frames)
     noisy = known.noise > 0.1  # where float32 resolves an error of 0.13 deviations
     offset_error = (told.level - known.level)[noisy] / (0.13 * known.noise[noisy])

@@ -535,6 +535,8 @@ def test_weights_record_the_conditions_really_trained_on(
     about = load_weights(tmp_path / "weights.safetensors").metadata
     assert {name: tuple(about.training[name]) for name in expected} == expected
     assert about.training["background"] == "subtracted"
+    varies = changes["scene__preset"] == "csist_varied"
+    assert about.training.get("optics") == ("told" if varies else None)
     assert about.training["preset"] == changes["scene__preset"]
     sigma = changes.get("scene__sigma", 0.5)
     assert about.geometry == Geometry((5, 5), 3, (sigma, sigma))
