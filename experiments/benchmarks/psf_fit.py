@@ -1,6 +1,7 @@
 """Parameters of PSFs fitted without being told: do the stated errors hold, is there a bias?
 
     python experiments/benchmarks/psf_fit.py --sets 20 --num 200 --psf gaussian
+    python experiments/benchmarks/psf_fit.py --sets 10 --num 200 --places joint
 
 makes sets of csist scenes at noise 1, tells each fit a PSF that is off by some percent, and prints
 of every set the fitted parameters with their errors, then of each parameter the mean, its standard
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,16 +45,21 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=20)
     parser.add_argument("--num", type=int, default=200, help="frames of a set")
     parser.add_argument("--psf", choices=PSFS, default="gaussian")
+    parser.add_argument("--places", choices=("sequential", "joint"), default="sequential")
     args = parser.parse_args()
     true, guess = PSFS[args.psf]
     preset = dj.get_preset("csist_float", read_noise=NOISE)
-    known = dataclasses.replace(preset.known, psf=guess)
+    prior = dataclasses.replace(preset.known.prior, places=args.places)
+    known = dataclasses.replace(preset.known, psf=guess, prior=prior)
     make = jax.jit(functools.partial(dj.simulate, preset))
     options = dj.Options(fit_psf=True)
     found, start = [], time.perf_counter()
     for number in range(args.sets):
         keys = dj.frame_keys(0, "val", number * args.num + np.arange(args.num))
-        frames = np.asarray(make(keys, psf=true).frames)
+        scene = make(keys, psf=true)
+        frames = np.asarray(scene.frames)
+        if args.places == "joint":
+            frames = placed_jointly(scene.targets, preset, true, seed=number)
         with_fit = dj.unmix(frames, known, estimate="map", options=options)
         parameters = with_fit.psf_parameters or {}
         found.append(list(parameters.values()))
@@ -71,6 +78,26 @@ def main() -> None:
             f"{name}: bias {100 * off.mean():+.3f} +- {error:.3f} %, scatter {scatter:.3f} %, "
             f"stated {stated:.3f} %, within 3 stated errors {within:.0f} %"
         )
+
+
+def placed_jointly(targets: dj.Targets, preset: dj.Preset, psf: Any, *, seed: int) -> np.ndarray:
+    """Frames of the same counts and intensities with all targets of a cluster placed at once."""
+    rng = np.random.default_rng(seed)
+    cluster, mask = preset.cluster, np.asarray(targets.mask)
+    low, high = cluster.extent
+    pixel = np.floor(np.asarray(targets.position)[:, :1] - low)
+    both = mask[:, :, None] & mask[:, None] & ~np.eye(mask.shape[1], dtype=bool)
+    place = np.zeros((*mask.shape, 2))
+    todo = np.arange(len(mask))
+    while len(todo):
+        place[todo] = rng.uniform(low, high, (len(todo), mask.shape[1], 2))
+        apart = np.linalg.norm(place[todo, :, None] - place[todo, None], axis=-1)
+        todo = todo[((apart < cluster.separation) & both[todo]).any((1, 2))]
+    place = np.where(mask[..., None], pixel + place, 0).astype(np.float32)
+    placed = dataclasses.replace(targets, position=place)
+    light = np.asarray(dj.render(placed, frame_size=preset.frame_size, psf=psf))
+    noise = rng.normal(0, preset.sensor.read_noise, light.shape)
+    return (light + preset.sensor.pedestal + noise).astype(np.float32)
 
 
 if __name__ == "__main__":
