@@ -215,7 +215,7 @@ def test_the_width_of_the_psf_is_fitted_to_all_frames(
 
     def fit_psf(*args: Any, **options: Any) -> psf_fit.PsfFit:
         answer = psf_fit.fit_psf(*args, **options)
-        widths.append(np.asarray(answer.known.psf.width))
+        widths.append(np.asarray(answer.known.psf.sigma))
         return answer
 
     def alone(name: str, **changes: Any) -> scene.Preset:
