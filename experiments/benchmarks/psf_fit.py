@@ -21,6 +21,7 @@ import numpy as np
 
 import dscsnet_jax as dj
 from dscsnet_jax.physics.psf_coordinates import coordinates
+from dscsnet_jax.physics.sensor import expose
 
 NOISE = 1.0
 PSFS = {  # the true one, and the first guess
@@ -57,10 +58,9 @@ def main() -> None:
     for number in range(args.sets):
         keys = dj.frame_keys(0, "val", number * args.num + np.arange(args.num))
         scene = make(keys, psf=true)
-        frames = np.asarray(scene.frames)
-        if args.places == "joint":
-            frames = placed_jointly(scene.targets, preset, true, seed=number)
-        with_fit = dj.unmix(frames, known, estimate="map", options=options)
+        joint = args.places == "joint"
+        frames = placed_jointly(scene.targets, preset, true, number) if joint else scene.frames
+        with_fit = dj.unmix(np.asarray(frames), known, estimate="map", options=options)
         parameters = with_fit.psf_parameters or {}
         found.append(list(parameters.values()))
         told = ", ".join(f"{n} {v:.5f} +- {s:.5f}" for n, (v, s) in parameters.items())
@@ -80,7 +80,7 @@ def main() -> None:
         )
 
 
-def placed_jointly(targets: dj.Targets, preset: dj.Preset, psf: Any, *, seed: int) -> np.ndarray:
+def placed_jointly(targets: dj.Targets, preset: dj.Preset, psf: Any, seed: int) -> np.ndarray:
     """Frames of the same counts and intensities with all targets of a cluster placed at once."""
     rng = np.random.default_rng(seed)
     cluster, mask = preset.cluster, np.asarray(targets.mask)
@@ -95,9 +95,8 @@ def placed_jointly(targets: dj.Targets, preset: dj.Preset, psf: Any, *, seed: in
         todo = todo[((apart < cluster.separation) & both[todo]).any((1, 2))]
     place = np.where(mask[..., None], pixel + place, 0).astype(np.float32)
     placed = dataclasses.replace(targets, position=place)
-    light = np.asarray(dj.render(placed, frame_size=preset.frame_size, psf=psf))
-    noise = rng.normal(0, preset.sensor.read_noise, light.shape)
-    return (light + preset.sensor.pedestal + noise).astype(np.float32)
+    light = dj.render(placed, frame_size=preset.frame_size, psf=psf)
+    return np.asarray(expose(preset.sensor, jax.random.key(seed), light))
 
 
 if __name__ == "__main__":
