@@ -29,7 +29,7 @@ from dscsnet_jax.inference.evidence import dark
 from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import ROUNDING, Observation
-from dscsnet_jax.inference.prior import log_free_share, scene_prior
+from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.io.frames import full_well
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian, as_psf, require
@@ -46,7 +46,6 @@ _TRIALS = 9  # of one number in a sweep
 _STUCK = 8  # pixels at a full well, and in what its neighbours let expect
 _WORTH = 6.0  # nats that another number must bring
 _DONE = 1.0  # nats of a sweep that is the last
-_CELL = 0.02  # of the table of free shares
 _MEDIAN_OFF = 0.6745  # of a Gaussian, in standard deviations
 _COMMON = 1.5  # scatter of the frames' levels, in their errors, if they have one in common
 _REACH = {"intensity": 1.2, "spread": 5.0, "width": 1.1}  # factors of a first search
@@ -441,11 +440,7 @@ def _changed(known: Known, name: str, value: float) -> Known:
         changes: dict[str, Any] = {"intensity": Uniform(middle * (1 - half), middle * (1 + half))}
     else:
         changes = {name: value}
-    prior = dataclasses.replace(prior, **changes)
-    if prior.cluster_size is not None:
-        share = _free(prior.separation / prior.cluster_size)
-        prior = dataclasses.replace(prior, log_free_share=share)
-    return dataclasses.replace(known, prior=prior)
+    return dataclasses.replace(known, prior=dataclasses.replace(prior, **changes))
 
 
 def _groups(trial: _Trial) -> np.ndarray:
@@ -469,14 +464,6 @@ def _extents(trial: _Trial) -> np.ndarray:
 def _mixed(score: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Scores of frames of which some may be of another kind."""
     return np.logaddexp(np.log1p(-_OTHER) + score, np.log(_OTHER) + base)
-
-
-def _free(ratio: float) -> tuple[float, ...]:
-    """`log_free_share` between the entries of a table, of one length: one program."""
-    low = int(ratio / _CELL)
-    tables = (np.array(log_free_share(round(k * _CELL, 6))) for k in (low, low + 1))
-    first, second = (np.pad(a, (0, 34 - len(a)), mode="edge") for a in tables)
-    return tuple(first + (ratio / _CELL - low) * (second - first))
 
 
 @jax.jit

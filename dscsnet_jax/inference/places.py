@@ -12,6 +12,8 @@ their error is about 1 % (measured in the tests by the density's integral).
 
 from __future__ import annotations
 
+import functools
+from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +74,41 @@ class Square(NamedTuple):
         low, high = self.ends
         number = jnp.floor(low - self.offset) - jnp.ceil(high - self.offset - self.size) + 1
         return jnp.where(self.mask.any(0), jnp.maximum(number, 1), 1)
+
+
+def log_free_share(number: jax.Array, ratio: jax.Array) -> jax.Array:
+    """Log probability that targets thrown into a unit square keep their distance.
+
+    A table of Monte Carlo (`experiments/free_share.py`), interpolated by cubics, so that its
+    derivative is continuous; what no throw has reached has the log of half a throw.
+
+    Args:
+      number: (...,) of the targets.
+      ratio: least distance, in sides of the square; above 1 it counts as 1.
+
+    Returns:
+      (...,) natural logarithms.
+
+    Example:
+      >>> [round(float(v), 1) for v in log_free_share(jnp.arange(3), jnp.array(0.5))]
+      [0.0, 0.0, -0.7]
+    """
+    table = _free_shares()
+    cells = table.shape[1] - 3
+    x = jnp.clip(ratio, 0, 1) * cells
+    cell = jnp.clip(jnp.floor(jax.lax.stop_gradient(x)).astype(jnp.int32), 0, cells - 1)
+    t, row = x - cell, jnp.minimum(number, len(table) - 1)
+    a, b, c, d = (jnp.asarray(table, t.dtype)[row, cell + i] for i in range(4))
+    # Catmull and Rom's cubic: through b and c, with the slopes of their neighbours.
+    return b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+
+
+@functools.cache
+def _free_shares() -> np.ndarray:
+    """(counts, cells + 3): with a column before the first, which is that of an even function."""
+    with (resources.files(__package__) / "free_share.npy").open("rb") as file:
+        table = np.load(file)
+    return np.concatenate([table[:, 1:2], table, 2 * table[:, -1:] - table[:, -2:-1]], 1)
 
 
 def log_sequential(row: jax.Array, col: jax.Array, mask: jax.Array, reach: jax.Array) -> jax.Array:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.stats import norm
 
@@ -15,8 +15,6 @@ from dscsnet_jax.inference.intensity import IntensityPrior, Uniform
 from dscsnet_jax.physics.scene import Preset
 
 PLACES = ("joint", "sequential")
-_DRAWS = 1 << 17
-_MOST = 32
 _LEAST_SHARE = 0.5  # of the least intensity
 
 
@@ -32,7 +30,6 @@ class ScenePrior:
       cluster_offset: the square begins at some whole pixel plus this, in row and in col;
         None: at any place.
       count: (n,) probabilities of 0, 1, 2 .. targets, 0 for more; None: any count.
-      log_free_share: (n,) see `log_free_share`; the last holds for larger counts.
       places: `joint`: all places that keep the separation are as likely; `sequential`:
         each target is placed, after the ones before, uniformly in what is free.
 
@@ -46,8 +43,16 @@ class ScenePrior:
     cluster_size: Any = None
     cluster_offset: Any = None
     count: Any = None
-    log_free_share: Any = (0.0,)
     places: str = flax.struct.field(pytree_node=False, default="joint")
+
+    def log_count(self, number: jax.Array, dtype: Any) -> jax.Array:
+        """(...,) `log p(n)` of numbers of targets; -inf for those that are excluded."""
+        if self.count is None:
+            return jnp.zeros(number.shape, dtype)
+        share = jnp.stack([jnp.asarray(p, dtype) for p in self.count])
+        index = jnp.minimum(number, share.shape[0] - 1)
+        chance = jnp.where(number < share.shape[0], share[index], 0)
+        return jnp.where(chance > 0, jnp.log(jnp.where(chance > 0, chance, 1)), -jnp.inf)
 
 
 def scene_prior(
@@ -97,9 +102,6 @@ def scene_prior(
         cluster_size=None if cluster_size is None else float(cluster_size),
         cluster_offset=None if cluster_offset is None else float(cluster_offset),
         count=None if count is None else tuple(float(p) / total for p in count),
-        log_free_share=(0.0,)
-        if cluster_size is None
-        else log_free_share(separation / cluster_size),
         places=places,
     )
 
@@ -141,30 +143,3 @@ def least_energy(prior: ScenePrior) -> float:
       110.0
     """
     return 0.0 if prior.intensity is None else _LEAST_SHARE * float(prior.intensity.range[0])
-
-
-@functools.lru_cache(maxsize=32)
-def log_free_share(separation: float) -> tuple[float, ...]:
-    """Log probability that 0, 1, 2 .. targets thrown into a unit square keep their distance.
-
-    By Monte Carlo over 131,072 throws of a fixed seed, up to the count that no throw
-    reaches, which gets the log of half a throw.
-
-    Args:
-      separation: least distance, in sides of the square.
-
-    Example:
-      >>> [round(v, 1) for v in log_free_share(0.5)[:3]]
-      [0.0, 0.0, -0.7]
-    """
-    if separation == 0:
-        return (0.0,)
-    rng = np.random.default_rng(0)
-    place = rng.uniform(size=(_DRAWS, 1, 2))
-    shares = [1.0, 1.0]
-    while len(place) and len(shares) <= _MOST:
-        new = rng.uniform(size=(len(place), 1, 2))
-        apart = (((place - new) ** 2).sum(-1) >= separation**2).all(1)
-        place = np.concatenate([place, new], 1)[apart]
-        shares.append(max(len(place), 0.5) / _DRAWS)
-    return tuple(math.log(share) for share in shares)

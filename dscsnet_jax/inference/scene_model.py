@@ -31,7 +31,7 @@ from dscsnet_jax.inference.derivatives import PriorTerms, Quadratic, Shapes
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import materialised, sum_leading, sum_of
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.places import Square, log_sequential
+from dscsnet_jax.inference.places import Square, log_free_share, log_sequential
 from dscsnet_jax.inference.theta import pairs_of, parts_of, spread, theta_of, with_jacobian
 from dscsnet_jax.physics.psf import Psf, Terms, as_psf, require
 from dscsnet_jax.physics.targets import Targets
@@ -157,8 +157,7 @@ class SceneModel:
         if prior.cluster_size is None:
             share = jnp.minimum(np.pi * prior.separation**2 / self._area(), 0.5)
             return (number * (number - 1) // 2) * jnp.log1p(-share)
-        table = jnp.stack([jnp.asarray(s, self.scale.dtype) for s in prior.log_free_share])
-        return table[jnp.minimum(number, len(prior.log_free_share) - 1)]
+        return log_free_share(number, prior.separation / prior.cluster_size)
 
     def log_normalisation(self, theta: jax.Array) -> jax.Array:
         """(...,) what is to be added to `log_prior`: its density is then that of unordered targets.
@@ -177,9 +176,7 @@ class SceneModel:
             total = total + self.log_squares(theta)
         if prior.intensity is not None and not self.uniform:  # else `v` is uniform up to 1
             total = total - number * _LOG_ROOT_2PI
-        if prior.count is not None:
-            total = total + self._log_count(number, theta.dtype)
-        return total - _LOG_ROOT_2PI
+        return total + prior.log_count(number, theta.dtype) - _LOG_ROOT_2PI
 
     def source(self, theta: jax.Array) -> jax.Array:
         """(N, M, ...) expected counts of the window's targets."""
@@ -328,13 +325,6 @@ class SceneModel:
         curvature = jnp.where(self.mask, jnp.maximum(-v * prior.bend(v), 0), 0)
         zero = jnp.zeros_like(curvature)
         return theta_of(zero, zero, curvature, jnp.zeros_like(theta[-1]))
-
-    def _log_count(self, number: jax.Array, dtype: Any) -> jax.Array:
-        """(...,) `log p(n)`; 0 for counts that are not listed."""
-        share = jnp.stack([jnp.asarray(p, dtype) for p in self.known.prior.count])
-        index = jnp.minimum(number, share.shape[0] - 1)
-        chance = jnp.where(number < share.shape[0], share[index], 0)
-        return jnp.where(chance > 0, jnp.log(jnp.where(chance > 0, chance, 1)), -jnp.inf)
 
     def _typical_std(self) -> jax.Array:
         """(...,) standard deviation of a pixel without targets, counts."""

@@ -270,12 +270,7 @@ def test_room_of_a_square_of_unknown_place():
     rng = np.random.default_rng(2)
     sensor, top = SENSORS["gaussian"], 4 * TOP
     prior = PRIORS["size"]
-    prior = prior.replace(
-        intensity=Uniform(0.0, top),
-        separation=0.0,
-        cluster_size=1.0,
-        log_free_share=tuple(0.0 for _ in prior.log_free_share),
-    )
+    prior = prior.replace(intensity=Uniform(0.0, top), separation=0.0, cluster_size=1.0)
     bright = 390.0  # of a place known to 1/100 pixel
     scenes = []
     for apart in (0.8, 0.95):

@@ -3,14 +3,16 @@
 Squares are the unit square, `reach` is half its side, as in the preset `csist`.
 """
 
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dscsnet_jax.inference.places import log_sequential
+from dscsnet_jax.inference.places import log_free_share, log_sequential
 
 REACH = 0.5
 LATTICE = 0.02
@@ -190,3 +192,50 @@ def test_derivatives_are_those_of_differences(x64: None) -> None:
     ends = quick_jit(value_and_slope)(jnp.array([0.0, 1.0]))[0]
     assert abs(float(ends[1] - ends[0])) > 0.1
     np.testing.assert_allclose(slope.mean(), ends[1] - ends[0], atol=2e-3)
+
+
+# --- shares of free places ---------------------------------------------------------
+
+THROWS = 1 << 23  # of the table
+LEAST = math.log(0.5 / THROWS)
+
+
+def free_of_two(d: Any) -> Any:
+    """P(distance > d) of two points in a unit square, d <= 1."""
+    return 1 - (math.pi * d**2 - 8 / 3 * d**3 + d**4 / 2)
+
+
+def test_free_share_of_two_and_its_derivative_equal_the_closed_form(x64: None) -> None:
+    """On the points of the table and between them; a count's error is four standard ones."""
+    d = jnp.array([0.013, 0.1, 0.307, 0.5, 0.8, 0.991])
+    share = partial(log_free_share, jnp.array(2))
+    free = free_of_two(d)
+    error = 4 * jnp.sqrt((1 - free) / (free * THROWS))
+    assert (jnp.abs(jnp.exp(jax.vmap(share)(d)) / free - 1) < error + 1e-5).all()
+    slope = jax.vmap(jax.grad(share))(d)
+    expected = jax.vmap(jax.grad(lambda d: jnp.log(free_of_two(d))))(d)
+    # Of the throws that fall into the two cells around.
+    error = 4 / jnp.sqrt(0.04 * THROWS * -expected * free)
+    assert (jnp.abs(slope / expected - 1) < error + 1e-2).all()
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.37])
+def test_free_shares_of_more_equal_plain_throws(ratio: float) -> None:
+    """Three to five points thrown at once, by other random numbers."""
+    place = np.random.default_rng(7).uniform(size=(100_000, 5, 2))
+    apart = ((place[:, :, None] - place[:, None]) ** 2).sum(-1) >= ratio**2
+    shares = np.exp(np.asarray(log_free_share(jnp.arange(6), jnp.array(ratio))))
+    for count in (3, 4, 5):
+        pairs = np.triu_indices(count, 1)
+        free = apart[:, pairs[0], pairs[1]].all(1).mean()
+        assert abs(shares[count] - free) < 4 * math.sqrt(free * (1 - free) / 100_000)
+
+
+def test_free_shares_fall_to_half_a_throw() -> None:
+    for d in (0.3, 0.5, 0.9, 1.0, 1.5):
+        shares = np.asarray(log_free_share(jnp.arange(40), jnp.array(d)))
+        assert shares[:2].tolist() == [0, 0]
+        assert (np.diff(shares[1:]) <= 0).all()
+        assert shares[2] < 0
+        assert shares[-1] == pytest.approx(LEAST)
+    assert not np.asarray(log_free_share(jnp.arange(40), jnp.array(0.0))).any()

@@ -1,4 +1,4 @@
-"""Prior: densities of intensities, values of the presets, refused arguments, free places."""
+"""Prior: densities of intensities, values of the presets, refused arguments."""
 
 import dataclasses
 import math
@@ -17,7 +17,6 @@ from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import (
     ScenePrior,
     least_energy,
-    log_free_share,
     preset_prior,
     scene_prior,
 )
@@ -33,7 +32,6 @@ from dscsnet_jax.physics.scene import (
 from dscsnet_jax.physics.targets import Targets
 
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-DRAWS = 131_072
 # Standard errors of a Monte Carlo share that a right one may be off.
 DEVIATIONS = 4.0
 
@@ -143,7 +141,6 @@ def test_prior_of_a_preset(name: str, intensity: tuple[float, float]) -> None:
     below = [0.0, *(normal_below(k + 0.5 - 3) for k in (1, 2, 3, 4)), 1.0]
     assert prior.count is not None
     assert prior.count == pytest.approx((0.0, *(b - a for a, b in pairwise(below))))
-    assert prior.log_free_share == log_free_share(0.5)
 
 
 def test_prior_of_a_changed_preset() -> None:
@@ -153,7 +150,6 @@ def test_prior_of_a_changed_preset() -> None:
     prior = preset_prior(changed)
     assert prior.count == pytest.approx((0.0, normal_below(1.0), 1 - normal_below(1.0)))
     assert (prior.cluster_size, prior.cluster_offset, prior.separation) == (2.0, -1.0, 0.3)
-    assert prior.log_free_share == log_free_share(0.15)
     certain = preset_prior(get_preset("csist", count_mean=2.0, count_std=0.0))
     assert certain.count == (0, 0, 1, 0, 0, 0)
 
@@ -199,7 +195,7 @@ def test_nothing_given_is_nothing_assumed() -> None:
     assert scene_prior() == ScenePrior()
     empty = Known(psf=Gaussian(0.5)).prior
     assert (empty.intensity, empty.separation, empty.cluster_size) == (None, 0.0, None)
-    assert (empty.cluster_offset, empty.count, empty.log_free_share) == (None, None, (0.0,))
+    assert (empty.cluster_offset, empty.count) == (None, None)
     assert (empty.places, Known().sensor) == ("joint", Sensor())
     assert least_energy(empty) == 0
 
@@ -216,7 +212,6 @@ def test_given_values_arrive_and_probabilities_are_normalised() -> None:
     assert prior.intensity == Uniform(100.0, 300.0)
     assert (prior.separation, prior.cluster_size, prior.cluster_offset) == (0.5, 2.0, -0.25)
     assert prior.count == (0.25, 0.5, 0.25)
-    assert prior.log_free_share == log_free_share(0.25)
     assert prior.places == "sequential"
     assert least_energy(prior) == 50
     law = LogNormal(5.0, 0.5)
@@ -225,8 +220,6 @@ def test_given_values_arrive_and_probabilities_are_normalised() -> None:
     np.testing.assert_allclose(found.share, SHARE)
     np.testing.assert_array_equal(found.edges, EDGES)
     assert least_energy(scene_prior(intensity=Histogram(EDGES, SHARE))) == 25
-    # A length without a square is one of pixels: its free share is not known beforehand.
-    assert scene_prior(separation=0.5).log_free_share == (0.0,)
 
 
 @pytest.mark.parametrize(
@@ -280,39 +273,3 @@ def test_densities_that_are_none_are_refused(law: IntensityPrior) -> None:
 def test_unknown_places_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown places 'one by one'; choose one of joint, seq"):
         scene_prior(places="one by one")
-
-
-# --- shares of free places ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("d", [0.1, 0.3, 0.5, 0.8, 1.0])
-def test_free_share_of_two_equals_the_closed_form(d: float) -> None:
-    """P(distance > d) of two points in a unit square, d <= 1."""
-    free = 1 - (math.pi * d**2 - 8 / 3 * d**3 + d**4 / 2)
-    error = math.sqrt(free * (1 - free) / DRAWS)
-    assert abs(math.exp(log_free_share(d)[2]) - free) < DEVIATIONS * error
-
-
-def test_free_shares_of_more_equal_plain_throws() -> None:
-    """Three to five points thrown at once, by other random numbers."""
-    place = np.random.default_rng(7).uniform(size=(100_000, 5, 2))
-    apart = ((place[:, :, None] - place[:, None]) ** 2).sum(-1) >= 0.2**2
-    for count in (3, 4, 5):
-        pairs = np.triu_indices(count, 1)
-        free = apart[:, pairs[0], pairs[1]].all(1).mean()
-        error = math.sqrt(free * (1 - free) * (1 / 100_000 + 1 / DRAWS))
-        assert abs(math.exp(log_free_share(0.2)[count]) - free) < DEVIATIONS * error
-
-
-def test_free_shares_fall_to_half_a_throw() -> None:
-    for d in (0.3, 0.5, 0.9):
-        shares = log_free_share(d)
-        assert shares[:2] == (0.0, 0.0)
-        assert all(a > b for a, b in pairwise(shares[1:]))
-        assert shares[-1] == pytest.approx(math.log(0.5 / DRAWS))
-    # Beyond the diagonal there is no room for two.
-    assert log_free_share(1.5) == (0.0, 0.0, pytest.approx(math.log(0.5 / DRAWS)))
-
-
-def test_points_without_separation_are_always_free() -> None:
-    assert set(log_free_share(0.0)) == {0.0}

@@ -296,7 +296,7 @@ def test_the_truth_of_a_preset_meets_no_resistance() -> None:
         return model.log_prior(model.pack(truth))
 
     limits = {"separation": 0.0, "cluster_size": None, "cluster_offset": None}
-    without = dataclasses.replace(prior, **limits, log_free_share=(0.0,))
+    without = dataclasses.replace(prior, **limits)
     costs = quick_jit(jax.vmap(cost, (0, None)))
     with jax.numpy_rank_promotion("allow"):
         full = costs(made.targets, Known(psf=Gaussian(WIDTH), prior=prior))
