@@ -247,11 +247,17 @@ def _counted(
     """Windows with their answers; in the beginning those near others are only fitted.
 
     The light of their neighbours as the start has it would ask for targets. Parts of a group have
-    their nearest neighbours as guests.
+    their nearest neighbours as guests; what is known of counts is of whole groups.
     """
     only = _near_others(w) & ~w.split & begins
-    parts = [(take_rows(w, np.flatnonzero(rows)), rows is not only) for rows in (~only, only)]
-    return [(part, run(part, known, comparing and may)) for part, may in parts if len(part.frame)]
+    of_parts = dataclasses.replace(known, prior=dataclasses.replace(known.prior, count=None))
+    kinds = (
+        (~only & ~w.split, known, comparing),
+        (only, known, False),
+        (w.split, of_parts, comparing),
+    )
+    parts = [(take_rows(w, np.flatnonzero(rows)), *told) for rows, *told in kinds]
+    return [(part, run(part, told, compare)) for part, told, compare in parts if len(part.frame)]
 
 
 def _unfinished(w: Windows, s: Selected, change: np.ndarray, searching: bool) -> np.ndarray:

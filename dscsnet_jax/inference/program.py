@@ -9,6 +9,7 @@ is gathered never changes what is computed for a window.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
 _PIECE = 64  # windows that are gathered
+_EXCLUDED = 1e4  # nats that a count costs for each target by which it is off those that can be
 
 
 class Selected(NamedTuple):
@@ -98,9 +100,9 @@ def select(
 ) -> Selected:
     """Fit, then remove or add targets where the evidence says so.
 
-    Windows whose fit the noise does not explain, or whose targets are in doubt, are compared
-    with their `changes`: all run a first heat, the best of each window a second, the winner
-    is fitted in full.
+    Windows whose fit the noise does not explain, whose targets are in doubt, or whose count the
+    prior excludes are compared with their `changes`: all run a first heat, the best of each
+    window a second, the winner is fitted in full. The way may lead through excluded counts.
 
     Args:
       windows: `Observation` of (B, N, M).
@@ -115,7 +117,8 @@ def select(
     """
     phases = jnp.where(compare, _DONE, _HEAT_ONE)
     state = _search(windows, start, known, phases, only_add=only_add)
-    return Selected(state.best, state.table)
+    possible = jnp.isfinite(known.prior.log_count(jnp.arange(state.table.shape[1]), float))
+    return Selected(state.best, jnp.where(possible[None], state.table, -jnp.inf))
 
 
 # Phases of the search; in each some starts are fitted, for so many iterations.
@@ -187,6 +190,8 @@ def _search(
     )
     iterations = jnp.asarray(_ITERATIONS, jnp.int32)
     size = min(_PIECE, length)
+    any_count = dataclasses.replace(known, prior=dataclasses.replace(known.prior, count=None))
+    log_count = _log_count(known, slots, unknown.dtype)
 
     def work(state: _Search) -> _Search:
         """Fit a piece of what is wanted."""
@@ -196,7 +201,7 @@ def _search(
         row = index // number
         seen, begin = _rows(windows, row), _rows(flat(state.starts), index)
         new = fit(seen, begin, known, num_iterations=iterations[state.phase], differentiable=False)
-        reached = laplace(new, seen, known)
+        reached = laplace(new, seen, any_count) + log_count[new.targets.mask.sum(-1)]
         reached = jnp.where(jnp.isfinite(reached), reached, -jnp.inf)
         pool = flat((state.starts, state.reached, state.wanted))
         pool = _with_rows(pool, index, (new.targets, reached, jnp.zeros_like(index, bool)))
@@ -232,6 +237,16 @@ def _tells(windows: Observation) -> jax.Array:
     return windows.valid.any((1, 2))
 
 
+def _log_count(known: Known, slots: int, dtype: Any) -> jax.Array:
+    """(K+1,) `log p(n)`; of excluded counts the less, the further they are from others."""
+    most = max(slots + 1, len(known.prior.count or ()))
+    number = jnp.arange(most)
+    told = known.prior.log_count(number, dtype)
+    possible = jnp.isfinite(told)
+    off = jnp.where(possible[None], jnp.abs(number[:, None] - number[None]), most).min(1)
+    return jnp.where(possible, told, -_EXCLUDED * off)[: slots + 1]
+
+
 def _first(state: _Search, *, windows: Observation, **_: Any) -> _Search:
     """After the first iterations: those that have not converged go on."""
     wanted = _own(state, ~state.trial.converged & _tells(windows))
@@ -242,7 +257,8 @@ def _slow(state: _Search, *, windows: Observation, known: Known, only_add: bool)
     """All are fitted: which are in doubt?"""
     best, evidence = state.trial, state.reached[:, 0]
     degree = jnp.full_like(state.doubt, DOUBTED) if only_add else doubt(best, known)
-    degree = jnp.where(_tells(windows), degree, 0)
+    excluded = jnp.isneginf(known.prior.log_count(best.targets.mask.sum(-1), evidence.dtype))
+    degree = jnp.where(_tells(windows), jnp.where(excluded, DOUBTED, degree), 0)
     table = _noted(state.table, best.targets.mask[:, None], state.reached[:, :1])
     return state._replace(
         phase=state.phase + 1,

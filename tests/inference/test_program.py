@@ -13,7 +13,7 @@ import pytest
 
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
-from dscsnet_jax.inference.prior import preset_prior
+from dscsnet_jax.inference.prior import ScenePrior, preset_prior
 from dscsnet_jax.inference.program import estimate, select
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import Sensor
@@ -84,6 +84,23 @@ def test_counts_are_found_from_a_wrong_start(clusters):
     np.testing.assert_array_equal(chosen, found.fit.targets.count)
 
 
+@pytest.mark.parametrize("given", [1, 5])
+def test_counts_the_prior_excludes_are_left_whatever_explains_the_frame(given):
+    """The way from one target to three, and from five, leads through excluded counts."""
+    truth = from_lists([[(3.0, 3.0, 240.0)], [(2.6, 3.0, 240.0), (3.4, 3.1, 220.0)]], 5)
+    seen = observe(render(truth, frame_size=7, psf=0.5), Sensor(read_noise=1.0, background=0.0))
+    places = [(3.0, 3.0), (2.0, 2.0), (4.0, 2.0), (2.0, 4.0), (4.0, 4.0)]
+    start = from_lists([[(*place, 200.0) for place in places[:given]]] * 2, 5)
+    run = jax.jit(select)
+    for certain in (3, 2):
+        share = tuple(np.eye(4, dtype="f")[certain])
+        found = run(seen, start, Known(Gaussian(np.float32(0.5)), prior=ScenePrior(count=share)))
+        assert found.fit.targets.count.tolist() == [certain] * 2
+        # Of others there is no evidence.
+        assert np.isfinite(found.log_evidence).sum(1).tolist() == [1, 1]
+        assert np.isfinite(found.log_evidence[:, certain]).all()
+
+
 def test_fits_go_on_until_they_have_converged(clusters):
     seen, truth, known = clusters
     found = jax.jit(partial(select, compare=False))(seen, truth, known)
@@ -103,7 +120,7 @@ def test_no_window_depends_on_the_others(clusters):
 
 _MESH = """
     import jax, numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec as P
+    from jax.sharding import PartitionSpec as P
     from dscsnet_jax.inference.observation import observe
     from dscsnet_jax.inference.known import Known
     from dscsnet_jax.inference.prior import scene_prior
@@ -129,12 +146,15 @@ _MESH = """
         estimate, mesh=mesh, in_specs=(P("frames"), P("frames"), P(), P()), out_specs=P("frames"),
         check_vma=False,
     )
-    many = jax.jit(spread)(seen, truth, known, key)
-    # Pieces of another width round differently, and chains magnify that to another draw.
-    off = one.posterior.targets.position - many.posterior.targets.position
-    assert (abs(off) < 0.3 * one.posterior.std[..., :2]).all(), off
-    np.testing.assert_array_equal(one.posterior.targets.mask, many.posterior.targets.mask)
-    np.testing.assert_allclose(one.fit.theta, many.fit.theta, rtol=1e-3, atol=1e-3)
+    parted, whole = (jax.NamedSharding(mesh, spec) for spec in (P("frames"), P()))
+    told = jax.device_put((seen, truth), parted), jax.device_put((known, key), whole)
+    for many in (jax.jit(spread)(seen, truth, known, key), run(*told[0], *told[1])):
+        assert len(many.fit.theta.sharding.device_set) == 8
+        # Pieces of another width round differently, and chains magnify that to another draw.
+        off = one.posterior.targets.position - many.posterior.targets.position
+        assert (abs(off) < 0.3 * one.posterior.std[..., :2]).all(), off
+        np.testing.assert_array_equal(one.posterior.targets.mask, many.posterior.targets.mask)
+        np.testing.assert_allclose(one.fit.theta, many.fit.theta, rtol=1e-3, atol=1e-3)
     print("same")
 """
 
@@ -165,6 +185,20 @@ def test_estimate_is_traced_once_for_any_values(clusters):
     assert len(traced) == 1
     assert (first.posterior.targets.position != second.posterior.targets.position).any()
     np.testing.assert_array_equal(first.fit.theta, second.fit.theta)
+
+
+def test_a_batch_of_batches_has_the_same_answers(clusters):
+    seen, truth, known = clusters
+    some = jax.tree.map(lambda a: jnp.asarray(a)[:8], (seen, truth))
+    key = jax.random.key(0)
+    one = jax.jit(estimate)(*some, known, key)
+    two = jax.tree.map(lambda a: a.reshape(2, 4, *a.shape[1:]), some)
+    found = jax.jit(jax.vmap(estimate, (0, 0, None, None)))(*two, known, key)
+    found = jax.tree.map(lambda a: a.reshape(8, *a.shape[2:]), found)
+    np.testing.assert_array_equal(one.fit.targets.mask, found.fit.targets.mask)
+    np.testing.assert_allclose(one.fit.targets.position, found.fit.targets.position, atol=1e-3)
+    off = one.posterior.targets.position - found.posterior.targets.position
+    assert (np.abs(off) <= 0.3 * one.posterior.std[..., :2]).all()
 
 
 def test_start_of_lists_is_taken():
