@@ -18,8 +18,8 @@ from dscsnet_jax.inference.evidence import laplace, psf_information
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.physics.psf import Psf
-from dscsnet_jax.physics.psf_coordinates import coordinates
+from dscsnet_jax.physics.psf import Psf, with_both_widths
+from dscsnet_jax.physics.psf_coordinates import Coordinates, coordinates
 
 _REACHES = (0.3, 0.1)  # of the width's logarithm, in each pass
 _STEPS, _FAR = 9, 3  # most, of all parameters; those by the fits' information alone
@@ -125,19 +125,22 @@ def fit_psf(
         trial = _with(known, free.psf(jnp.asarray(values, np.float32)))
         if number == 1:  # the shape may ask for other counts
             targets = gathered(selected(observation, targets, trial, greedy=greedy))
-        scores, information = [], np.zeros((len(values),) * 2)
+        scores, information = [], np.zeros(())
         for w, f in fits(trial):
             w = w._replace(targets=f.targets)
             scores.append(sampled_windows(w, trial, seed=seed, psf_slope=True).psf_slope)
             part = in_blocks(_information, (f, w.observation), trial, size=windows_per_block())
-            information += part.sum(0, dtype=float)
-        together = np.concatenate(scores).astype(float)
+            information = information + part.sum(0, dtype=float)
+        slope = _slope_of_windows(free, jnp.asarray(values, np.float32))
+        together = np.concatenate(scores).astype(float) @ slope
+        information = slope.T @ information @ slope
         step, covariance = _newton(together, information, near=number >= _FAR)
         values = values + step
         if number >= _FAR and (np.abs(step) <= _DONE * np.sqrt(np.diagonal(covariance))).all():
             break
     at = free._replace(values=jnp.asarray(values, np.float32))
-    return PsfFit(_with(known, at.psf(at.values)), targets, at.errors(covariance))
+    fitted = dataclasses.replace(known, psf=at.psf(at.values))
+    return PsfFit(fitted, targets, at.errors(covariance))
 
 
 def _newton(
@@ -175,8 +178,18 @@ def _inverse(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return inverse / np.outer(scale, scale), unknown
 
 
+def _slope_of_windows(free: Coordinates, values: jax.Array) -> np.ndarray:
+    """Derivative of the coordinates of what windows are told by those of the PSF."""
+
+    def told(values: jax.Array) -> jax.Array:
+        return coordinates(with_both_widths(free.psf(values))).values
+
+    return np.asarray(jax.jacfwd(told)(values), float)
+
+
 def _with(known: Known, psf: Any) -> Known:
-    return dataclasses.replace(known, psf=psf)
+    """What windows are told with another PSF."""
+    return dataclasses.replace(known, psf=psf).for_windows()
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from dscsnet_jax.inference import known_file
 from dscsnet_jax.inference.prior import ScenePrior, preset_prior
 from dscsnet_jax.io.plain import read_plain, write_plain
 from dscsnet_jax.physics.preset import Preset, Sensor
-from dscsnet_jax.physics.psf import Gaussian, as_psf, require
+from dscsnet_jax.physics.psf import as_psf, require, with_both_widths
 from dscsnet_jax.physics.sensor import PER_PIXEL, checked
 
 
@@ -69,9 +69,7 @@ class Known:
 
         They are then compiled once, whatever else of a sensor is known.
         """
-        psf = as_psf(self.psf)
-        if isinstance(psf, Gaussian):  # one structure, one program
-            psf = Gaussian(np.broadcast_to(psf.sigma, (2,)))
+        psf = with_both_widths(as_psf(self.psf))
         psf = jax.tree.map(lambda a: np.asarray(a, np.float32), psf)
         gain = self.effective_gain
         return Known(psf, Sensor(gain=None if gain is None else np.float32(gain)), self.prior)

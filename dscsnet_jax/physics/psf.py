@@ -156,6 +156,16 @@ def as_psf(psf: Any) -> Any:
     return psf if hasattr(psf, "terms") else Gaussian(psf)
 
 
+def with_both_widths(psf: Psf) -> Psf:
+    """A Gaussian with a width for each axis, other PSFs as they are: one structure, one program.
+
+    Example:
+      >>> with_both_widths(Gaussian(0.5)).sigma.tolist()
+      [0.5, 0.5]
+    """
+    return Gaussian(psf.width) if isinstance(psf, Gaussian) else psf
+
+
 def support(psf: Psf) -> int:
     """Pixels from its centre at which a PSF's light ends, below the rounding of its peak.
 

@@ -62,21 +62,22 @@ def test_both_widths_are_recovered(noisy: tuple[Observation, Targets]) -> None:
 def test_one_width_told_is_one_width_fitted(noisy: tuple[Observation, Targets]) -> None:
     """Both axes share it; its error is what scores of the frames say at the end."""
     seen, truth = noisy
-    wrong = KNOWN.replace(psf=Gaussian(np.float32(0.55)))
+    wrong = KNOWN.replace(psf=Gaussian(np.float32(0.58)))
     found = psf_fit.fit_psf(seen, flat(truth), wrong)
     ((value, std),) = found.parameters.values()
     assert 0.48 < value < 0.52
     assert np.shape(found.known.psf.sigma) == ()
-    parts = selected(seen, found.targets, found.known, compare=False)
-    scores = np.concatenate(
+    told = found.known.for_windows()
+    by_axis = np.concatenate(
         [
             sampled_windows(
-                w._replace(targets=s.fit.targets), found.known, seed=1, psf_slope=True
+                w._replace(targets=s.fit.targets), told, seed=1, psf_slope=True
             ).psf_slope
-            for w, s in parts
+            for w, s in selected(seen, found.targets, told, compare=False)
         ]
     ).astype(float)
-    assert scores.shape == (FRAMES, 1)
+    assert by_axis.shape == (FRAMES, 2)
+    scores = by_axis.sum(1)
     assert std == pytest.approx(value / np.sqrt((scores**2).sum()), rel=0.15)
     assert abs(scores.sum()) < 1.5 * value / std  # the slope of the evidence is zero there
 
