@@ -3,10 +3,10 @@
     python experiments/calibration.py --num 2000
 
 draws scenes of one and two targets from each prior, records them with each sensor, and samples
-their posteriors at the true count. If the sampler is right, the truth falls between the quantiles
-of its interval as often as their levels say; chi-squared judges the histogram over them of row,
-col and intensity (Talts et al. 2018, with the quantiles that `Posterior` holds as bins).
-For the count it compares how many frames hold two targets with the sum of their probabilities.
+their posteriors at the true count, from fits that begin beside the truth. If the sampler is right,
+the truth has any rank among the samples as often; chi-squared judges the histogram of the ranks of
+row, col and intensity (Talts et al. 2018). For the count it compares how many frames hold two
+targets with the sum of their probabilities, found from starts of one or two targets by chance.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from scipy.special import softmax
 from scipy.stats import chi2, norm
 
 from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.intensity import Histogram, LogNormal
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import ScenePrior, scene_prior
 from dscsnet_jax.inference.program import select
 from dscsnet_jax.inference.sampler import sample
-from dscsnet_jax.inference.summary import LEVELS, Posterior
+from dscsnet_jax.inference.summary import Posterior
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
@@ -38,17 +39,20 @@ SIDE, MIDDLE, SIGMA, NOISE = 7, 3.0, 0.5, 2.0
 RANGE = (150.0, 250.0)
 APART = 2.0  # pixels; without a prior, nearer targets would feel where their intensities end
 COUNT = (0.0, 0.5, 0.5)
+BESIDE = 0.15  # pixels from the truth, of starts
+BINS = 8  # of ranks
+SQUARE = {"intensity": RANGE, "separation": 0.5, "cluster_size": 1.0, "count": COUNT}
 PRIORS: dict[str, ScenePrior] = {
     "none": scene_prior(),
     "intensity": scene_prior(intensity=RANGE),
     "separation": scene_prior(intensity=RANGE, separation=0.6, count=COUNT),
-    "cluster": scene_prior(
-        intensity=RANGE, separation=0.5, cluster_size=1.0, cluster_offset=-0.4, count=COUNT
-    ),
+    "log-normal": scene_prior(intensity=LogNormal(5.3, 0.2)),
+    "histogram": scene_prior(intensity=Histogram([120.0, 180.0, 220.0, 300.0], [0.3, 0.2, 0.5])),
+    "cluster": scene_prior(**SQUARE, cluster_offset=-0.4),
+    "one by one": scene_prior(**SQUARE, cluster_offset=-0.4, places="sequential"),
     # Squares on whole pixels that overlap.
-    "wide cluster": scene_prior(
-        intensity=RANGE, separation=0.5, cluster_size=1.6, cluster_offset=-0.4, count=COUNT
-    ),
+    "wide cluster": scene_prior(**SQUARE | {"cluster_size": 1.6}, cluster_offset=-0.4),
+    "free square": scene_prior(**SQUARE),
 }
 SENSORS: dict[str, dict[str, float]] = {
     "gaussian": {},
@@ -74,13 +78,23 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
       num: of scenes.
       rng: of all that is drawn.
     """
-    offset, size = PRIORS[prior].cluster_offset, PRIORS[prior].cluster_size
-    low, high = (-1.5, 1.5) if offset is None else (offset, offset + size)
-    apart = APART if prior == "none" else float(PRIORS[prior].separation)
-    places = rng.uniform(low, high, (num, 2, 2))
+    law = PRIORS[prior]
+    size = 3.0 if law.cluster_size is None else law.cluster_size
+    low = np.full((num, 1, 2), -1.5 if law.cluster_offset is None else law.cluster_offset)
+    if prior == "free square":
+        low = rng.uniform(-1, 0, low.shape)
+    apart = APART if prior == "none" else float(law.separation)
+    places = low + size * rng.uniform(size=(num, 2, 2))
+    again = slice(1 if law.places == "sequential" else 0, None)
     while (near := np.linalg.norm(places[:, 0] - places[:, 1], axis=1) < apart).any():
-        places[near] = rng.uniform(low, high, (near.sum(), 2, 2))
-    energy = rng.uniform(*RANGE, (num, 2))
+        other = low + size * rng.uniform(size=places.shape)
+        places[near, again] = other[near, again]
+    energy = rng.uniform(size=(num, 2))
+    energy = (
+        np.interp(energy, (0, 1), RANGE)
+        if law.intensity is None
+        else np.asarray(law.intensity.quantile(jnp.asarray(energy)))
+    )
     mask = np.stack([np.ones(num, bool), rng.uniform(size=num) < COUNT[2]], 1)
     targets = Targets(
         np.where(mask[..., None], MIDDLE + places, 0).astype("f"),
@@ -97,7 +111,7 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
 
 @jax.jit
 def _answer(seen: Observation, start: Targets, known: Known, key: jax.Array) -> Posterior:
-    return sample(seen, fit(seen, start, known).targets, known, key)
+    return sample(seen, fit(seen, start, known).targets, known, key, keep_samples=True)
 
 
 @jax.jit
@@ -120,20 +134,33 @@ def calibrate(prior: str, sensor: str, num: int, seed: int) -> dict[str, float]:
     told = Known(psf=Gaussian(np.float32(SIGMA)), prior=PRIORS[prior])
     if "gain" in known:
         told = dataclasses.replace(told, sensor=Sensor(gain=np.float32(known["gain"])))
-    targets = jax.tree.map(jnp.asarray, drawn.targets)
-    answer = jax.tree.map(np.asarray, _answer(seen, targets, told, jax.random.key(seed)))
+    start, of_any = _starts(drawn.targets, np.random.default_rng(seed + 1))
+    answer = jax.tree.map(np.asarray, _answer(seen, start, told, jax.random.key(seed)))
     truth, mask = _numbered(drawn.targets, answer.targets.position), drawn.targets.mask
-    below = (answer.interval < truth[..., None]).sum(-1)
+    rank = (answer.samples < truth[:, None]).sum(1)
     found = {}
     for axis, name in enumerate(("row", "col", "intensity")):
-        histogram = np.bincount(below[mask][:, axis], minlength=len(LEVELS) + 1)
-        found[name] = _probability(histogram)
+        found[name] = _probability(rank[mask][:, axis], answer.samples.shape[1])
     if told.prior.count is not None:
-        chance = softmax(np.asarray(_evidence(seen, targets, told)), axis=1)[:, 2]
+        chance = softmax(np.asarray(_evidence(seen, of_any, told)), axis=1)[:, 2]
         off = (mask.sum(1) == 2).sum() - chance.sum()
         spread = np.sqrt((chance * (1 - chance)).sum() + 1e-9)
         found["count"] = float(2 * norm.sf(abs(off) / max(spread, 1)))
     return found
+
+
+def _starts(truth: Targets, rng: np.random.Generator) -> tuple[Targets, Targets]:
+    """Beside the truth, of its count and of any: what is too much is beside the first target."""
+    beside = rng.normal(0, BESIDE, truth.position.shape)
+    place = np.where(truth.mask[..., None], truth.position, truth.position[:, :1]) + beside
+    energy = np.full(truth.mask.shape, np.mean(RANGE))
+    any_count = np.stack([truth.mask[:, 0], rng.uniform(size=len(place)) < COUNT[2]], 1)
+
+    def of(mask: np.ndarray) -> Targets:
+        there = np.where(mask[..., None], place, 0), np.where(mask, energy, 0)
+        return Targets(*(jnp.asarray(a, jnp.float32) for a in there), jnp.asarray(mask))
+
+    return of(truth.mask), of(any_count)
 
 
 def _numbered(truth: Targets, place: np.ndarray) -> np.ndarray:
@@ -144,10 +171,12 @@ def _numbered(truth: Targets, place: np.ndarray) -> np.ndarray:
     return np.where((both & (gain > 0))[:, None, None], table[:, ::-1], table)
 
 
-def _probability(histogram: np.ndarray) -> float:
-    """Of so large a chi-squared of a histogram over the quantiles."""
-    expected = np.diff(np.concatenate([[0], LEVELS, [1]])) * histogram.sum()
-    return float(chi2.sf(((histogram - expected) ** 2 / expected).sum(), len(LEVELS)))
+def _probability(rank: np.ndarray, most: int) -> float:
+    """Of so large a chi-squared of the histogram of ranks, from 0 to the number of samples."""
+    edges = np.arange(most + 1) * BINS // (most + 1)
+    expected = np.bincount(edges) * len(rank) / (most + 1)
+    histogram = np.bincount(edges[rank], minlength=BINS)
+    return float(chi2.sf(((histogram - expected) ** 2 / expected).sum(), BINS - 1))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,32 +7,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dscsnet_jax.inference.changes import closest_pair
+from dscsnet_jax.inference.changes import closest_pair, largest_peak
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.observation import Observation
 
 NEAR, DOUBTED = 1, 2
 """Degrees of doubt."""
 _UNEXPLAINED = 3.0  # standard deviations of chi square
+_PEAK = 3.5  # signal-to-noise ratio of what may be a further target
 _DOUBTFUL_SNR = 6.0
+_SHAPED_SNR = 20.0  # of a target, from which the window's shape alone tells the count
+_LIGHT = 4.0  # standard deviations of the light, within which another count may explain it
 _DOUBTFUL_LATENT = 2.0  # standard deviations expected of fits
 _LEAST_SPREAD = 0.01  # of the prior's variance
 _CLOSE = 1.3  # PSF sigmas
 
 
-def doubt(best: Fit, known: Known) -> jax.Array:
+def doubt(best: Fit, windows: Observation, known: Known) -> jax.Array:
     """(B,) degree of doubt: 0, or targets are near to each other, or more than that.
 
-    More is that the noise does not explain the fit, or a target may be too much or two.
+    More is that the noise does not explain the fit, that a target may be too much or two, or one
+    is missing.
     """
     mask, intensity = best.targets.mask, best.targets.intensity
     freedom = jnp.maximum(best.num_pixels - 3 * mask.sum(-1), 1).astype(intensity.dtype)
     unexplained = best.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2 * freedom)
     weak = mask & ~(intensity > _DOUBTFUL_SNR * best.std[..., 2])
     close = closest_pair(best.targets)[0] < _CLOSE * known.psf.width.mean()
-    doubted = unexplained | weak.any(-1) | ~best.converged
+    missing = largest_peak(best, windows, known) > _PEAK
+    doubted = unexplained | missing | weak.any(-1) | ~best.converged
     if known.prior.intensity is not None:
-        doubted |= _unlikely(best, known)
+        doubted |= _unlikely(best, known) | _ambiguous(best, known)
     return jnp.where(doubted, DOUBTED, jnp.where(close, NEAR, 0)).astype(jnp.int32)
 
 
@@ -59,3 +65,29 @@ def _unlikely(best: Fit, known: Known) -> jax.Array:
     alone = jnp.diagonal(covariance, axis1=-2, axis2=-1)
     total = far(v.sum(-1), number, covariance.sum((-2, -1)))
     return (far(v, 1.0, alone) & tells).any(-1) | (total & tells.any(-1))
+
+
+def _ambiguous(best: Fit, known: Known) -> jax.Array:
+    """(B,) bool: one target more or less makes as much light, and the noise hides the shape.
+
+    Of the light, what the window alone tells: the fit's variance is that of prior and window.
+    """
+    prior: Any = known.prior.intensity
+    mask, number = best.targets.mask, best.targets.mask.sum(-1)
+    v = jnp.where(mask, best.theta[:, 2:-1:3], 0)
+    slope = jnp.where(mask, prior.slope(v), 0)
+    pairs = mask[:, :, None] & mask[:, None, :]
+    both = jnp.where(pairs, best.covariance[:, 2::3, 2::3], 0).sum((-2, -1))
+    of_prior = (slope**2).sum(-1)
+    share = jnp.clip(both / jnp.where(of_prior > 0, of_prior, 1), 0, 1 - _LEAST_SPREAD)
+    variance = both / (1 - share)
+    pull = (v * slope).sum(-1) / jnp.where(of_prior > 0, of_prior, 1)
+    light, error = best.targets.intensity.sum(-1) + pull * variance, jnp.sqrt(variance)
+    low, high = prior.range
+    blurred = light < _SHAPED_SNR * number * error
+    ambiguous = jnp.zeros_like(blurred)
+    for other in (number - 1, number + 1):
+        off = jnp.maximum(other * low - light, light - other * high)
+        possible = (other > 0) & (known.prior.log_count(other, light.dtype) > -jnp.inf)
+        ambiguous |= possible & (off < _LIGHT * error)
+    return ambiguous & blurred & (number > 0)

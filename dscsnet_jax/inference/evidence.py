@@ -145,7 +145,7 @@ def psf_information(best: Fit, observation: Observation, known: Known) -> jax.Ar
         unit, scale = scaled(model.quadratic(theta).information, present_of(mask))
         with jax.default_matmul_precision("highest"):
             cross = (by_theta * scale[None]).T @ weighted
-            return by_psf.T @ weighted - cross.T @ jnp.linalg.solve(unit, cross)
+            return by_psf.T @ weighted - cross.T @ spd.inverse(unit)[0] @ cross
 
     return jax.vmap(one)(best.theta, best.targets.mask, observation)
 

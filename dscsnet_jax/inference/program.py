@@ -256,7 +256,7 @@ def _first(state: _Search, *, windows: Observation, **_: Any) -> _Search:
 def _slow(state: _Search, *, windows: Observation, known: Known, only_add: bool) -> _Search:
     """All are fitted: which are in doubt?"""
     best, evidence = state.trial, state.reached[:, 0]
-    degree = jnp.full_like(state.doubt, DOUBTED) if only_add else doubt(best, known)
+    degree = jnp.full_like(state.doubt, DOUBTED) if only_add else doubt(best, windows, known)
     excluded = jnp.isneginf(known.prior.log_count(best.targets.mask.sum(-1), evidence.dtype))
     degree = jnp.where(_tells(windows), jnp.where(excluded, DOUBTED, degree), 0)
     table = _noted(state.table, best.targets.mask[:, None], state.reached[:, :1])

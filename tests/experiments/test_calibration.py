@@ -8,13 +8,11 @@ import pytest
 pytestmark = pytest.mark.slow
 
 NUM = 200
-LEAST = 1e-4  # of 60 probabilities one is below this by chance in 170 runs; seeds are fixed
+LEAST = 1e-4  # of 130 probabilities one is below this by chance in 80 runs; seeds are fixed
 
 
-CASES = [(p, s) for p in calibration.PRIORS for s in calibration.SENSORS if p != "wide cluster"]
-
-
-@pytest.mark.parametrize(("prior", "sensor"), [*CASES, ("wide cluster", "gaussian")])
+@pytest.mark.parametrize("sensor", calibration.SENSORS)
+@pytest.mark.parametrize("prior", calibration.PRIORS)
 def test_the_truth_is_as_often_within_an_interval_as_it_says(prior: str, sensor: str) -> None:
     found = calibration.calibrate(prior, sensor, NUM, seed=1)
     assert min(found.values()) > LEAST, found

@@ -3,12 +3,26 @@
 Results are judged by `c n eps cond`, the bound of elimination, not by what one CPU rounds to.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.evidence import laplace, psf_information
+from dscsnet_jax.inference.fit import fit
+from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.observation import observe
+from dscsnet_jax.inference.prior import preset_prior
+from dscsnet_jax.inference.program import select
+from dscsnet_jax.inference.sampler import sample
+from dscsnet_jax.inference.tempered import tempered
+from dscsnet_jax.physics.preset import Sensor
+from dscsnet_jax.physics.psf import Gaussian
+from dscsnet_jax.physics.scene import get_preset
+from dscsnet_jax.physics.targets import from_lists
 
 SIZES = [1, 2, 4, 7, 16]
 PRECISIONS = [np.float32, np.float64]
@@ -216,3 +230,28 @@ def test_roots_of_semidefinite_matrices_rebuild_them(x64: None, dtype: type) -> 
     rebuilt = root @ root.transpose(0, 2, 1)
     assert np.all(np.abs(rebuilt - matrix).max((1, 2)) <= allowed)
     assert np.all((root[:, :, 3:] ** 2).max((1, 2)) <= allowed)
+
+
+@pytest.mark.slow
+def test_programs_of_windows_leave_lapack_alone():
+    """Two threads that call it wait for each other for ever where there are few cores."""
+    targets = from_lists([[(3.0, 2.6, 240.0), (3.1, 3.4, 200.0)]])
+    seen = observe(np.zeros((1, 7, 7), "f"), Sensor(read_noise=1.0, background=0.0))
+    known = Known(Gaussian(np.float32(0.5)), prior=preset_prior(get_preset("csist")))
+    best = jax.eval_shape(partial(fit, differentiable=False), seen, targets, known)
+    programs = {
+        select: (seen, targets, known),
+        partial(sample, psf_slope=True): (seen, targets, known, jax.random.key(0)),
+        laplace: (best, seen, known),
+        psf_information: (best, seen, known),
+        partial(tempered, num_particles=64, num_moves=2): (
+            seen,
+            targets.mask,
+            known,
+            jax.random.key(0),
+        ),
+    }
+    for program, given in programs.items():
+        assert "lapack" not in jax.jit(program).lower(*given).as_text(), program
+    solved = jax.jit(jax.vmap(jnp.linalg.solve)).lower(np.zeros((2, 3, 3)), np.zeros((2, 3, 1)))
+    assert "lapack" in solved.as_text() or jax.default_backend() != "cpu"
