@@ -83,10 +83,13 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
     low = np.full((num, 1, 2), -1.5 if law.cluster_offset is None else law.cluster_offset)
     if prior == "free square":
         low = rng.uniform(-1, 0, low.shape)
+    mask = np.stack([np.ones(num, bool), rng.uniform(size=num) < COUNT[2]], 1)
     apart = APART if prior == "none" else float(law.separation)
     places = low + size * rng.uniform(size=(num, 2, 2))
     again = slice(1 if law.places == "sequential" else 0, None)
-    while (near := np.linalg.norm(places[:, 0] - places[:, 1], axis=1) < apart).any():
+    while (
+        near := mask[:, 1] & (np.linalg.norm(places[:, 0] - places[:, 1], axis=1) < apart)
+    ).any():
         other = low + size * rng.uniform(size=places.shape)
         places[near, again] = other[near, again]
     energy = rng.uniform(size=(num, 2))
@@ -95,7 +98,6 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
         if law.intensity is None
         else np.asarray(law.intensity.quantile(jnp.asarray(energy)))
     )
-    mask = np.stack([np.ones(num, bool), rng.uniform(size=num) < COUNT[2]], 1)
     targets = Targets(
         np.where(mask[..., None], MIDDLE + places, 0).astype("f"),
         np.where(mask, energy, 0).astype("f"),

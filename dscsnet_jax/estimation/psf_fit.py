@@ -180,6 +180,9 @@ def _inverse(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _slope_of_windows(free: Coordinates, values: jax.Array) -> np.ndarray:
     """Derivative of the coordinates of what windows are told by those of the PSF."""
+    psf = free.psf(values)
+    if with_both_widths(psf) is psf:
+        return np.eye(len(values))
 
     def told(values: jax.Array) -> jax.Array:
         return coordinates(with_both_widths(free.psf(values))).values

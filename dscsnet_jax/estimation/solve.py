@@ -275,7 +275,7 @@ def _near_others(w: Windows) -> np.ndarray:
 
 def _only_fitted(w: Windows, s: Selected) -> np.ndarray:
     """(W,) bool: seen with the light of others, and not compared with other counts."""
-    return _near_others(w) & (np.isfinite(s.log_evidence).sum(1) == 1)
+    return _near_others(w) & (np.isfinite(s.log_evidence).sum(1) <= 1)
 
 
 def _starts(done: Counted) -> tuple[Flat, np.ndarray]:

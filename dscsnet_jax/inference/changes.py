@@ -55,7 +55,7 @@ def changes(best: Fit, observation: Observation, known: Known, *, only_add: bool
 def _changes(best: Fit, observation: Observation, known: Known, *, only_add: bool) -> list[Targets]:
     """Other starts for one window."""
     targets, std = best.targets, best.std
-    residual, weight = _left(best, observation, known)
+    residual, weight, _ = left(best, observation, known)
     added = _with_peak_added(targets, residual, weight, known.psf, known.prior.intensity)
     if only_add:
         return [added]
@@ -71,24 +71,16 @@ def _changes(best: Fit, observation: Observation, known: Known, *, only_add: boo
     ]
 
 
-def _left(best: Fit, observation: Observation, known: Known) -> tuple[jax.Array, jax.Array]:
-    """(N, M) what the fit of one window leaves, counts, and one over its variance."""
+def left(
+    best: Fit, observation: Observation, known: Known
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(N, M) what the fit of one window leaves, one over its variance, and the targets' light."""
     model = scene_model(observation, best.targets.mask, known)
     source, t = model.source(best.theta), best.theta[-1]
     level = observation.level + observation.background_std * t
     residual = observation.counts - observation.neighbours - source - level
     residual = jnp.where(observation.saturated, jnp.maximum(residual, 0), residual)
-    return residual, jnp.where(observation.valid, 1 / model.variance(source, t)[0], 0)
-
-
-@lanes_last
-def largest_peak(best: Fit, observation: Observation, known: Known) -> jax.Array:
-    """(B,) signal-to-noise ratio of the best place for a further target in what fits leave."""
-
-    def one(best: Fit, observation: Observation) -> jax.Array:
-        return matched_filter(*_left(best, observation, known), known.psf)[1].max()
-
-    return jax.vmap(one)(best, observation)
+    return residual, jnp.where(observation.valid, 1 / model.variance(source, t)[0], 0), source
 
 
 def _rotated(targets: Targets, angle: float) -> Targets:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dscsnet_jax.inference.changes import closest_pair, largest_peak
+from dscsnet_jax.inference.changes import closest_pair, left
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.lanes import lanes_last
+from dscsnet_jax.inference.matched_filter import matched_filter
 from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.inference.prior import ScenePrior
 
 NEAR, DOUBTED = 1, 2
 """Degrees of doubt."""
@@ -35,10 +38,10 @@ def doubt(best: Fit, windows: Observation, known: Known) -> jax.Array:
     unexplained = best.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2 * freedom)
     weak = mask & ~(intensity > _DOUBTFUL_SNR * best.std[..., 2])
     close = closest_pair(best.targets)[0] < _CLOSE * known.psf.width.mean()
-    missing = largest_peak(best, windows, known) > _PEAK
-    doubted = unexplained | missing | weak.any(-1) | ~best.converged
+    at = _light(best, windows, known)
+    doubted = unexplained | (at.peak > _PEAK) | weak.any(-1) | ~best.converged
     if known.prior.intensity is not None:
-        doubted |= _unlikely(best, known) | _ambiguous(best, known)
+        doubted |= _unlikely(best, known) | _ambiguous(at, mask.sum(-1), known.prior)
     return jnp.where(doubted, DOUBTED, jnp.where(close, NEAR, 0)).astype(jnp.int32)
 
 
@@ -67,27 +70,42 @@ def _unlikely(best: Fit, known: Known) -> jax.Array:
     return (far(v, 1.0, alone) & tells).any(-1) | (total & tells.any(-1))
 
 
-def _ambiguous(best: Fit, known: Known) -> jax.Array:
-    """(B,) bool: one target more or less makes as much light, and the noise hides the shape.
+class _Light(NamedTuple):
+    """What is left and there in windows (B,).
 
-    Of the light, what the window alone tells: the fit's variance is that of prior and window.
+    Signal-to-noise ratio of the best place for a further target; light of all targets, counts,
+    of the fit's shape but whatever the prior says, and its error.
     """
-    prior: Any = known.prior.intensity
-    mask, number = best.targets.mask, best.targets.mask.sum(-1)
-    v = jnp.where(mask, best.theta[:, 2:-1:3], 0)
-    slope = jnp.where(mask, prior.slope(v), 0)
-    pairs = mask[:, :, None] & mask[:, None, :]
-    both = jnp.where(pairs, best.covariance[:, 2::3, 2::3], 0).sum((-2, -1))
-    of_prior = (slope**2).sum(-1)
-    share = jnp.clip(both / jnp.where(of_prior > 0, of_prior, 1), 0, 1 - _LEAST_SPREAD)
-    variance = both / (1 - share)
-    pull = (v * slope).sum(-1) / jnp.where(of_prior > 0, of_prior, 1)
-    light, error = best.targets.intensity.sum(-1) + pull * variance, jnp.sqrt(variance)
-    low, high = prior.range
-    blurred = light < _SHAPED_SNR * number * error
+
+    peak: jax.Array
+    light: jax.Array
+    error: jax.Array
+
+
+@lanes_last
+def _light(best: Fit, windows: Observation, known: Known) -> _Light:
+    def one(best: Fit, window: Observation) -> _Light:
+        residual, weight, source = left(best, window, known)
+        peak = matched_filter(residual, weight, known.psf)[1].max()
+        total = best.targets.intensity.sum()
+        shape = source / jnp.where(total > 0, total, 1)
+        told = jnp.where(window.saturated, 0, weight) * shape
+        information = (told * shape).sum()
+        tells = information > 0
+        information = jnp.where(tells, information, 1)
+        error = jnp.where(tells, jax.lax.rsqrt(information), jnp.inf)
+        return _Light(peak, total + (told * residual).sum() / information, error)
+
+    return jax.vmap(one)(best, windows)
+
+
+def _ambiguous(at: _Light, number: jax.Array, prior: ScenePrior) -> jax.Array:
+    """(B,) bool: one target more or less makes as much light, and the noise hides the shape."""
+    low, high = prior.intensity.range  # type: ignore[union-attr]
+    blurred = at.light < _SHAPED_SNR * number * at.error
     ambiguous = jnp.zeros_like(blurred)
     for other in (number - 1, number + 1):
-        off = jnp.maximum(other * low - light, light - other * high)
-        possible = (other > 0) & (known.prior.log_count(other, light.dtype) > -jnp.inf)
-        ambiguous |= possible & (off < _LIGHT * error)
+        off = jnp.maximum(other * low - at.light, at.light - other * high)
+        possible = (other > 0) & (prior.log_count(other, at.light.dtype) > -jnp.inf)
+        ambiguous |= possible & (off < _LIGHT * at.error)
     return ambiguous & blurred & (number > 0)

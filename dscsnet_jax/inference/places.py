@@ -81,6 +81,7 @@ def log_free_share(number: jax.Array, ratio: jax.Array) -> jax.Array:
 
     A table of Monte Carlo (`experiments/free_share.py`), interpolated by cubics, so that its
     derivative is continuous; what no throw has reached has the log of half a throw.
+    It never falls below that.
 
     Args:
       number: (...,) of the targets.
@@ -100,7 +101,8 @@ def log_free_share(number: jax.Array, ratio: jax.Array) -> jax.Array:
     t, row = x - cell, jnp.minimum(number, len(table) - 1)
     a, b, c, d = (jnp.asarray(table, t.dtype)[row, cell + i] for i in range(4))
     # Catmull and Rom's cubic: through b and c, with the slopes of their neighbours.
-    return b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    cubic = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    return jnp.where(cubic < c, c, cubic)
 
 
 @functools.cache

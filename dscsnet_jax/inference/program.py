@@ -27,7 +27,7 @@ from dscsnet_jax.physics.targets import Targets
 
 MAX_ROUNDS = 6
 _PIECE = 64  # windows that are gathered
-_EXCLUDED = 1e4  # nats that a count costs for each target by which it is off those that can be
+_EXCLUDED = 1e7  # nats that a count costs for each target by which it is off those that can be
 
 
 class Selected(NamedTuple):
@@ -35,7 +35,7 @@ class Selected(NamedTuple):
 
     Attributes:
       fit: of the best count.
-      log_evidence: (B, K+1) of each count that was tried; -inf of the others.
+      log_evidence: (B, K+1) of each count that was tried and can be; -inf of the others.
     """
 
     fit: Fit
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
     Attributes:
       fit: of the best count.
-      log_evidence: (B, K+1) of each count that was tried; -inf of the others.
+      log_evidence: (B, K+1) of each count that was tried and can be; -inf of the others.
       posterior: means, errors and intervals at the best count.
     """
 
@@ -239,7 +239,8 @@ def _tells(windows: Observation) -> jax.Array:
 
 def _log_count(known: Known, slots: int, dtype: Any) -> jax.Array:
     """(K+1,) `log p(n)`; of excluded counts the less, the further they are from others."""
-    most = max(slots + 1, len(known.prior.count or ()))
+    listed = known.prior.count
+    most = max(slots + 1, 0 if listed is None else len(listed))
     number = jnp.arange(most)
     told = known.prior.log_count(number, dtype)
     possible = jnp.isfinite(told)

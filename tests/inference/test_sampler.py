@@ -13,7 +13,6 @@ from dscsnet_jax.inference.prior import preset_prior, scene_prior
 from dscsnet_jax.inference.sampler import NUM_SAMPLES, sample
 from dscsnet_jax.inference.summary import (
     ENOUGH_SAMPLES,
-    LARGEST_RHAT,
     Posterior,
     is_numbered,
     numbered,
@@ -85,13 +84,18 @@ def pulls(answer: Posterior, means, stds) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(off), np.concatenate(ratio)
 
 
+def allowed(answer: Posterior, means) -> np.ndarray:
+    """What the means of so many samples may be off, in std, for each target's place."""
+    effective = np.asarray(answer.effective_sample_size)
+    return np.repeat(0.15 + 2 / np.sqrt(effective), [len(mean) for mean in means])[:, None]
+
+
 @pytest.mark.parametrize("name", ["std1", "std2"])
 def test_means_and_spreads_are_those_of_the_true_posterior(data_dir, name):
     seen, start, known, means, stds = fixture(data_dir, name, 3)
     answer = posterior(seen, start, known, 0)
     off, ratio = pulls(answer, means, stds)
-    effective = np.asarray(answer.effective_sample_size).min()
-    assert (np.abs(off) < 0.15 + 2 / np.sqrt(effective)).mean() >= 0.95
+    assert (np.abs(off) < allowed(answer, means)).mean() >= 0.95
     assert (np.abs(ratio) < np.log(1.25)).mean() >= 0.9
     assert np.asarray(answer.converged).mean() >= 0.95
 
@@ -102,8 +106,7 @@ def test_long_chains_have_the_true_posterior(data_dir, name):
     seen, start, known, means, stds = fixture(data_dir, name, 3)
     answer = posterior_of_long_chains(seen, start, known, 0)
     off, ratio = pulls(answer, means, stds)
-    effective = np.asarray(answer.effective_sample_size).min()
-    assert (np.abs(off) < 0.15 + 2 / np.sqrt(effective)).mean() >= 0.95
+    assert (np.abs(off) < allowed(answer, means)).mean() >= 0.95
     assert (np.abs(ratio) < np.log(1.15)).mean() >= 0.9
 
 
@@ -114,14 +117,13 @@ def test_chains_that_have_not_been_everywhere_do_not_agree():
     seen = observe(scene.frames, Sensor(read_noise=10.0, background=0.0))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=preset_prior(preset))
     answer = posterior(seen, scene.targets, known, 0)
-    rhat, converged = np.asarray(answer.rhat), np.asarray(answer.converged)
-    np.testing.assert_array_equal(converged, rhat < LARGEST_RHAT)
-    assert 0 < converged.mean() < 0.5
+    converged = np.asarray(answer.converged)
+    assert 0.2 < converged.mean() < 0.8
     # Those that do not agree tell another mean with other numbers, and more so.
     again = posterior(seen, scene.targets, known, 1)
     off = answer.targets.position - again.targets.position
     off = np.asarray(jnp.sqrt((off**2).mean((1, 2))))
-    assert off[~converged].mean() > off[converged].mean()
+    assert off[~converged].mean() > 1.3 * off[converged].mean()
 
 
 @pytest.fixture(scope="module")
