@@ -12,19 +12,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from dscsnet_jax.cli import demo, evaluate, main, options, scoring, simulate, unmix
-from dscsnet_jax.estimation import psf_fit
+from dscsnet_jax.estimation import limit, psf_fit
 from dscsnet_jax.estimation import unmix as library
-from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.evaluation import report
 from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import preset_prior
+from dscsnet_jax.inference.tempered import Tempered, tempered
 from dscsnet_jax.io.csist import read_csist
 from dscsnet_jax.physics import scene
 
@@ -82,8 +83,15 @@ def never(*_: object, **__: object) -> None:
 
 @pytest.mark.usefixtures("few_targets")
 def test_limit_is_printed_and_written_beside_the_scores(
-    csist: Path, tmp_path: Path, capsys: Captured
+    csist: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of few particles and moves: they take their time."""
+
+    @jax.jit
+    def few(given: tuple[Any, Any], told: Known, seed: jax.Array) -> Tempered:
+        return tempered(*given, told, jax.random.key(seed), num_particles=128, num_moves=8)
+
+    monkeypatch.setattr(limit, "_run", few)
     file = tmp_path / "scores.json"
     assert main(["evaluate", "--data", str(csist), "--limit", "--json", str(file)]) == 0
     stdout, stderr = capsys.readouterr()
@@ -96,7 +104,7 @@ def test_limit_is_printed_and_written_beside_the_scores(
     assert list(written["rows"]) == names[1:]
     split, known = read_csist(csist), light_preset("csist").known
     answer = library.unmix(split.frames, known)
-    best = bayes_limit(split.frames, known, count=split.targets.count)
+    best = limit.bayes_limit(split.frames, known, count=split.targets.count)
     pairs = [(written, answer), (written["rows"][scoring.LIMITS["given"]], best)]
     for scores, found in pairs:
         expected = report.evaluate(found.targets, split.targets).as_dict()
