@@ -38,10 +38,11 @@ def doubt(best: Fit, windows: Observation, known: Known) -> jax.Array:
     unexplained = best.chi_square > freedom + _UNEXPLAINED * jnp.sqrt(2 * freedom)
     weak = mask & ~(intensity > _DOUBTFUL_SNR * best.std[..., 2])
     close = closest_pair(best.targets)[0] < _CLOSE * known.psf.width.mean()
-    at = _light(best, windows, known)
-    doubted = unexplained | (at.peak > _PEAK) | weak.any(-1) | ~best.converged
-    if known.prior.intensity is not None:
-        doubted |= _unlikely(best, known) | _ambiguous(at, mask.sum(-1), known.prior)
+    doubted = unexplained | weak.any(-1) | ~best.converged
+    if known.prior.intensity is not None:  # else the noise's peaks are as good as any
+        at = _light(best, windows, known)
+        doubted |= (at.peak > _PEAK) | _ambiguous(at, mask.sum(-1), known.prior)
+        doubted |= _unlikely(best, known)
     return jnp.where(doubted, DOUBTED, jnp.where(close, NEAR, 0)).astype(jnp.int32)
 
 
