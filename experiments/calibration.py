@@ -81,7 +81,7 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
     law = PRIORS[prior]
     size = 3.0 if law.cluster_size is None else law.cluster_size
     low = np.full((num, 1, 2), -1.5 if law.cluster_offset is None else law.cluster_offset)
-    if prior == "free square":
+    if law.cluster_size is not None and law.cluster_offset is None:
         low = rng.uniform(-1, 0, low.shape)
     mask = np.stack([np.ones(num, bool), rng.uniform(size=num) < COUNT[2]], 1)
     apart = APART if prior == "none" else float(law.separation)

@@ -125,15 +125,15 @@ def fit_psf(
         trial = _with(known, free.psf(jnp.asarray(values, np.float32)))
         if number == 1:  # the shape may ask for other counts
             targets = gathered(selected(observation, targets, trial, greedy=greedy))
-        scores, information = [], np.zeros(())
+        scores, parts = [], []
         for w, f in fits(trial):
             w = w._replace(targets=f.targets)
             scores.append(sampled_windows(w, trial, seed=seed, psf_slope=True).psf_slope)
             part = in_blocks(_information, (f, w.observation), trial, size=windows_per_block())
-            information = information + part.sum(0, dtype=float)
+            parts.append(part.sum(0, dtype=float))
         slope = _slope_of_windows(free, jnp.asarray(values, np.float32))
         together = np.concatenate(scores).astype(float) @ slope
-        information = slope.T @ information @ slope
+        information = slope.T @ sum(parts) @ slope
         step, covariance = _newton(together, information, near=number >= _FAR)
         values = values + step
         if number >= _FAR and (np.abs(step) <= _DONE * np.sqrt(np.diagonal(covariance))).all():

@@ -250,11 +250,10 @@ def _counted(
     their nearest neighbours as guests; what is known of counts is of whole groups.
     """
     only = _near_others(w) & ~w.split & begins
-    of_parts = dataclasses.replace(known, prior=dataclasses.replace(known.prior, count=None))
     kinds = (
         (~only & ~w.split, known, comparing),
         (only, known, False),
-        (w.split, of_parts, comparing),
+        (w.split, known.of_any_count(), comparing),
     )
     parts = [(take_rows(w, np.flatnonzero(rows)), *told) for rows, *told in kinds]
     return [(part, run(part, told, compare)) for part, told, compare in parts if len(part.frame)]

@@ -64,6 +64,10 @@ class Known:
         some = {name: v[first:last] for name, v in fields.items() if np.ndim(v) in (1, 3)}
         return dataclasses.replace(self, sensor=dataclasses.replace(self.sensor, **some))
 
+    def of_any_count(self) -> Known:
+        """The same, but for the probabilities of the counts."""
+        return dataclasses.replace(self, prior=dataclasses.replace(self.prior, count=None))
+
     def for_windows(self) -> Known:
         """What an `Observation` does not hold, as float32: all that programs of windows ask for.
 

@@ -9,7 +9,6 @@ is gathered never changes what is computed for a window.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -190,7 +189,7 @@ def _search(
     )
     iterations = jnp.asarray(_ITERATIONS, jnp.int32)
     size = min(_PIECE, length)
-    any_count = dataclasses.replace(known, prior=dataclasses.replace(known.prior, count=None))
+    any_count = known.of_any_count()
     log_count = _log_count(known, slots, unknown.dtype)
 
     def work(state: _Search) -> _Search:

@@ -215,7 +215,7 @@ def test_the_width_of_the_psf_is_fitted_to_all_frames(
 
     def fit_psf(*args: Any, **options: Any) -> psf_fit.PsfFit:
         answer = psf_fit.fit_psf(*args, **options)
-        widths.append(np.asarray(answer.known.psf.width))
+        widths.append(np.asarray(answer.known.psf.sigma))
         return answer
 
     def alone(name: str, **changes: Any) -> scene.Preset:
@@ -233,6 +233,7 @@ def test_the_width_of_the_psf_is_fitted_to_all_frames(
     assert main([*argv, "--fit-psf"]) == 0
     stdout, stderr = capsys.readouterr()
     (width,) = widths
+    assert width.shape == ()  # one that is told is one that is fitted
     np.testing.assert_allclose(width, 0.55, atol=0.005)
     rows = list(csv.DictReader(stdout.splitlines()))
     assert {row["frame"] for row in rows} == {f"image_{i}.png" for i in range(8)}

@@ -49,7 +49,18 @@ def assert_within(found: psf_fit.PsfFit, truth: dict[str, float], share: float) 
         assert std < share * abs(truth[name]), name
 
 
+def scores_at_the_end(seen: Observation, found: psf_fit.PsfFit) -> np.ndarray:
+    """(FRAMES, 2) slopes of the frames' evidence by the logarithms of both widths."""
+    told = found.known.for_windows()
+    scores = [
+        sampled_windows(w._replace(targets=s.fit.targets), told, seed=1, psf_slope=True).psf_slope
+        for w, s in selected(seen, found.targets, told, compare=False)
+    ]
+    return np.concatenate(scores).astype(float)
+
+
 def test_both_widths_are_recovered(noisy: tuple[Observation, Targets]) -> None:
+    """Their errors are what scores of the frames say at the end."""
     seen, truth = noisy
     wrong = KNOWN.replace(psf=Gaussian(TRUE * np.float32(1.1)))
     found = psf_fit.fit_psf(seen, flat(truth), wrong)
@@ -57,6 +68,13 @@ def test_both_widths_are_recovered(noisy: tuple[Observation, Targets]) -> None:
     assert_within(found, {"sigma[0]": 0.47, "sigma[1]": 0.53}, 0.02)
     right = np.bincount(found.targets.frame, minlength=FRAMES) == truth.mask.sum(1)
     assert right.mean() > 0.6
+    scores = scores_at_the_end(seen, found)
+    assert scores.shape == (FRAMES, 2)
+    values, std = np.array(list(found.parameters.values())).T
+    expected = np.sqrt(np.diag(np.linalg.inv(scores.T @ scores)))
+    np.testing.assert_allclose(std, values * expected, rtol=0.2)
+    # The slope of the evidence is zero there.
+    assert (np.abs(scores.sum(0)) < 1.5 * np.sqrt((scores**2).sum(0))).all()
 
 
 def test_one_width_told_is_one_width_fitted(noisy: tuple[Observation, Targets]) -> None:
@@ -67,17 +85,8 @@ def test_one_width_told_is_one_width_fitted(noisy: tuple[Observation, Targets]) 
     ((value, std),) = found.parameters.values()
     assert 0.48 < value < 0.52
     assert np.shape(found.known.psf.sigma) == ()
-    told = found.known.for_windows()
-    by_axis = np.concatenate(
-        [
-            sampled_windows(
-                w._replace(targets=s.fit.targets), told, seed=1, psf_slope=True
-            ).psf_slope
-            for w, s in selected(seen, found.targets, told, compare=False)
-        ]
-    ).astype(float)
-    assert by_axis.shape == (FRAMES, 2)
-    scores = by_axis.sum(1)
+    scores = scores_at_the_end(seen, found).sum(1)
+    assert scores.shape == (FRAMES,)
     assert std == pytest.approx(value / np.sqrt((scores**2).sum()), rel=0.15)
     assert abs(scores.sum()) < 1.5 * value / std  # the slope of the evidence is zero there
 

@@ -90,13 +90,18 @@ def allowed(answer: Posterior, means) -> np.ndarray:
     return np.repeat(0.15 + 2 / np.sqrt(effective), [len(mean) for mean in means])[:, None]
 
 
+def assert_true(answer: Posterior, means, stds, spread: float) -> None:
+    """Means and spreads are the true ones, the spreads of 90 % of the places to such a factor."""
+    off, ratio = pulls(answer, means, stds)
+    assert (np.abs(off) < allowed(answer, means)).mean() >= 0.95
+    assert (np.abs(ratio) < np.log(spread)).mean() >= 0.9
+
+
 @pytest.mark.parametrize("name", ["std1", "std2"])
 def test_means_and_spreads_are_those_of_the_true_posterior(data_dir, name):
     seen, start, known, means, stds = fixture(data_dir, name, 3)
     answer = posterior(seen, start, known, 0)
-    off, ratio = pulls(answer, means, stds)
-    assert (np.abs(off) < allowed(answer, means)).mean() >= 0.95
-    assert (np.abs(ratio) < np.log(1.25)).mean() >= 0.9
+    assert_true(answer, means, stds, 1.25)
     assert np.asarray(answer.converged).mean() >= 0.95
 
 
@@ -104,10 +109,7 @@ def test_means_and_spreads_are_those_of_the_true_posterior(data_dir, name):
 def test_long_chains_have_the_true_posterior(data_dir, name):
     """Ten times as many samples: what is left is mostly the reference's own error."""
     seen, start, known, means, stds = fixture(data_dir, name, 3)
-    answer = posterior_of_long_chains(seen, start, known, 0)
-    off, ratio = pulls(answer, means, stds)
-    assert (np.abs(off) < allowed(answer, means)).mean() >= 0.95
-    assert (np.abs(ratio) < np.log(1.15)).mean() >= 0.9
+    assert_true(posterior_of_long_chains(seen, start, known, 0), means, stds, 1.15)
 
 
 def test_chains_that_have_not_been_everywhere_do_not_agree():
