@@ -151,7 +151,8 @@ def _minimise(
 ) -> tuple[jax.Array, Quadratic]:
     """Levenberg-Marquardt; a step is taken only if it lowers the cost.
 
-    A scan can be differentiated through, a loop takes a traced number of iterations.
+    A scan can be differentiated through, a loop takes a traced number of iterations. The model
+    is compiled once: from a cost without end and a slope of 0 the first turn takes no step.
     """
     present = present_of(model.mask)
     start, least, largest = _DAMPING
@@ -162,19 +163,21 @@ def _minimise(
         step = _damped_step(old, damping, present)
         step = step * _LONGEST / jnp.maximum(_longest_move(step), _LONGEST)
         new = model.quadratic(theta + step)
-        better = (new.terms - old.terms).sum(0) < 0
+        better = ((new.terms - old.terms).sum(0) < 0) | (old.cost == jnp.inf)
         damping = jnp.clip(jnp.where(better, damping * _EASE, damping * _TIGHTEN), least, largest)
         theta, kept = jax.tree.map(
             lambda a, b: jnp.where(better, a, b), (theta + step, new), (theta, old)
         )
         return theta, damping, kept
 
-    first: State = (theta, jnp.full_like(theta[-1], start), model.quadratic(theta))
+    at = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(model.quadratic, theta))
+    at = at._replace(cost=jnp.full_like(at.cost, jnp.inf))
+    first: State = (theta, jnp.full_like(theta[-1], start / _EASE), at)
     if by_scan:
-        numbers = jnp.arange(num_iterations)
+        numbers = jnp.arange(num_iterations + 1)
         theta, _, at = jax.lax.scan(lambda s, _: (iterate(s), None), first, numbers)[0]
     else:
-        theta, _, at = jax.lax.fori_loop(0, num_iterations, lambda _, s: iterate(s), first)
+        theta, _, at = jax.lax.fori_loop(0, num_iterations + 1, lambda _, s: iterate(s), first)
     return theta, at
 
 

@@ -47,9 +47,14 @@ def materialised(some: jax.Array, function: Callable[..., Any], *args: Any) -> A
     """`function(*args)`, written to memory.
 
     The compiler would work out cheap terms again for each of their uses, which are many. What
-    crosses the border of a branch is kept, whatever is in `some`, a number it does not know.
+    crosses the border of a branch is kept. It is always taken: `some`, a bool, is below 2.
     """
-    return jax.lax.cond(some, function, function, *args)
+
+    def never(*args: Any) -> Any:
+        shapes = jax.eval_shape(function, *args)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    return jax.lax.cond(some.astype(jnp.int32) < 2, function, never, *args)
 
 
 def largest(terms: jax.Array) -> jax.Array:
