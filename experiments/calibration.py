@@ -27,8 +27,8 @@ from dscsnet_jax.inference.intensity import Histogram, LogNormal
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import ScenePrior, scene_prior
-from dscsnet_jax.inference.program import select
 from dscsnet_jax.inference.sampler import sample
+from dscsnet_jax.inference.search import select
 from dscsnet_jax.inference.summary import Posterior
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import Sensor

@@ -26,12 +26,14 @@ from dscsnet_jax.estimation import ESTIMATES, windows
 from dscsnet_jax.estimation.groups import components, linked, ranks, reach_of_groups
 from dscsnet_jax.estimation.windows import Flat, Windows
 from dscsnet_jax.inference import observation as observing
-from dscsnet_jax.inference import program, sampler
+from dscsnet_jax.inference import search
+from dscsnet_jax.inference.chains import Chains, begin
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.program import Selected
-from dscsnet_jax.inference.sampler import Posterior
+from dscsnet_jax.inference.search import Selected
+from dscsnet_jax.inference.summary import Posterior
+from dscsnet_jax.inference.turn import NUM_TURNS, turn
 from dscsnet_jax.maps.detect import peaks_of
 from dscsnet_jax.physics.targets import Targets
 
@@ -333,7 +335,7 @@ def sampled_windows(
     run_chains = partial(_run, of_chains=True)
     chains = run_chains(_begin, w, *told)
     answer: Any = None
-    for number in range(sampler.NUM_TURNS):
+    for number in range(NUM_TURNS):
         some = take_rows(w, todo)
         new, chains = run_chains(run, some, *told, np.int32(number), more=chains)
         answer = new if answer is None else put_rows(answer, todo, new)
@@ -367,19 +369,19 @@ _Given = tuple[Observation, Targets, Any]
 
 @partial(jax.jit, static_argnames="only_add")
 def _select(given: _Given, known: Known, compare: Any, *, only_add: bool) -> Selected:
-    return program.select(*given[:2], known, only_add=only_add, compare=compare)
+    return search.select(*given[:2], known, only_add=only_add, compare=compare)
 
 
 @jax.jit
-def _begin(given: _Given, known: Known, seed: jax.Array) -> sampler.Chains:
-    return sampler.begin(*given[:2], known, jax.random.key(seed))
+def _begin(given: _Given, known: Known, seed: jax.Array) -> Chains:
+    return begin(*given[:2], known, jax.random.key(seed))
 
 
 @partial(jax.jit, static_argnames=("psf_slope", "keep_samples"))
 def _turn(
     given: _Given, known: Known, seed: jax.Array, number: jax.Array, **what: Any
-) -> tuple[Posterior, sampler.Chains]:
-    return sampler.turn(*given, known, jax.random.key(seed), number, **what)
+) -> tuple[Posterior, Chains]:
+    return turn(*given, known, jax.random.key(seed), number, **what)
 
 
 @jax.jit
@@ -458,8 +460,8 @@ def _count_probability(counted: Counted, num_frames: int, max_targets: int) -> n
         order = np.argsort(w.frame, kind="stable")
         frame = w.frame[order]
         rank = ranks(frame)
-        for turn in range(rank.max(initial=-1) + 1):
-            at = order[rank == turn]
+        for place in range(rank.max(initial=-1) + 1):
+            at = order[rank == place]
             before = total[w.frame[at]]
             after = np.zeros_like(before)
             for number in range(share.shape[1]):

@@ -21,8 +21,9 @@ from dscsnet_jax.inference.fit import NUM_ITERATIONS, Fit, fit, scaled
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last, largest, to_lanes
 from dscsnet_jax.inference.observation import Observation, observe
-from dscsnet_jax.inference.scene_model import MARGIN, SceneModel, scene_model
+from dscsnet_jax.inference.scene_model import SceneModel, scene_model
 from dscsnet_jax.inference.theta import pairs_of, present_of, spread, theta_of
+from dscsnet_jax.inference.window_prior import MARGIN
 from dscsnet_jax.physics.psf_coordinates import coordinates
 from dscsnet_jax.physics.targets import Targets
 

@@ -14,18 +14,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dscsnet_jax.inference.chains import streams
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last, to_lanes
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.inference.sampler import streams
+from dscsnet_jax.inference.particles import draws_of, from_prior, in_order, resampled
 from dscsnet_jax.inference.scene_model import HARD, SceneModel, scene_model
 from dscsnet_jax.inference.summary import Posterior, sorted_out, summarise
-from dscsnet_jax.inference.theta import parts_of, theta_of
+from dscsnet_jax.inference.tempered_moves import KINDS
+from dscsnet_jax.inference.theta import parts_of
 
 NUM_PARTICLES = 512
 NUM_MOVES = 96
@@ -34,7 +36,6 @@ NUM_MOVES = 96
 _EFFECTIVE = 0.5  # of the particles, that a step keeps
 _MOST_STEPS = 200
 _LAST_STEPS = 8  # of moves alone, at the end
-_TRIES = 24  # of places for each target, to keep its distance
 _ACCEPTANCE = 0.25
 _POPULATIONS = 4  # of a window's particles
 _AGREE = 1.5  # populations, in effect, that have the same evidence
@@ -134,13 +135,13 @@ def tempered(
     number = num_particles // _POPULATIONS
     seen, present = jax.tree.map(lambda a: to_lanes(a)[..., None, :], (windows, mask))
     model = scene_model(seen, present, known, softness=HARD, uniform=True)
-    draws = partial(_draws, keys, dtype=seen.counts.dtype)
-    theta, weight = _from_prior(model, draws, number)
+    draws = partial(draws_of, keys, dtype=seen.counts.dtype)
+    theta, weight = from_prior(model, draws, number)
     like, prior = _densities(model, theta)
     zero = jnp.zeros(like.shape[-1], like.dtype)
     whole = jnp.zeros(zero.shape, jnp.int32)
     first = jnp.zeros((), jnp.int32)
-    length = jnp.zeros((len(_KINDS), *zero.shape), zero.dtype)  # logarithms
+    length = jnp.zeros((len(KINDS), *zero.shape), zero.dtype)  # logarithms
     last = whole + _LAST_STEPS
     state = _State(theta, like, prior, weight, zero, zero, length, last, whole, first)
     move = partial(_move, model=model, draws=draws)
@@ -153,7 +154,7 @@ def tempered(
         weight = state.weight + (beta - state.beta) * state.like
         weight = jnp.where(state.prior > _BEYOND, weight, -jnp.inf)
         log_mean = jax.nn.logsumexp(weight, axis=0) - jnp.log(number)
-        index = _resampled(weight, draws(turn, 0, (1,))[0])
+        index = resampled(weight, draws(turn, 0, (1,))[0])
         theta = jnp.take_along_axis(state.theta, index[None], 1)
         like, prior = (jnp.take_along_axis(a, index, 0) for a in (state.like, state.prior))
         none = jnp.zeros_like(like)
@@ -174,60 +175,9 @@ def tempered(
     return _described(state, model, draws, num_windows)
 
 
-def _draws(
-    keys: jax.Array, number: Any, index: Any, shape: tuple[int, ...], dtype: Any
-) -> jax.Array:
-    """Uniform numbers (*shape, L) of each window's own stream."""
-
-    def one(key: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, number), index)
-        return jax.random.uniform(own, shape, dtype)
-
-    return jnp.moveaxis(jax.vmap(one)(keys), 0, -1)
-
-
 def _densities(model: SceneModel, theta: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log likelihood and log prior (P, L) of places; of joint draws that keep their distance."""
     return model.log_likelihood(theta), model.log_prior(theta) + model.log_squares(theta)
-
-
-def _from_prior(
-    model: SceneModel, draws: Callable[..., jax.Array], number: int
-) -> tuple[jax.Array, jax.Array]:
-    """Particles (D, P, L) drawn from the prior, and their log weights for joint places (P, L).
-
-    Targets are placed one after the other, each at the first of some places that is free.
-    """
-    prior, mask = model.known.prior, model.mask
-    slots = mask.shape[0]
-    u = draws(0, 1, (3, number))
-    shape = jnp.asarray(model.seen.counts.shape[:2], u.dtype).reshape(2, 1, 1)
-    if prior.cluster_size is None:
-        low, size = jnp.full_like(u[:2], -0.5), shape
-    else:
-        size = jnp.broadcast_to(jnp.asarray(prior.cluster_size, u.dtype), (2, 1, 1))
-        low = shape * u[:2] - 0.5 - size / 2
-        if prior.cluster_offset is not None:
-            low = jnp.floor(shape * u[:2]) + prior.cluster_offset
-    tries = low[:, None, None] + size[:, None, None] * draws(0, 2, (2, slots, _TRIES, number))
-    placed = [tries[:, 0, 0]]
-    for slot in range(1, slots):
-        apart = jnp.stack([((tries[:, slot] - p[:, None]) ** 2).sum(0) for p in placed])
-        free = ((apart >= prior.separation**2) | ~mask[:slot, None]).all(0)
-        first = jnp.argmax(free, 0)
-        placed.append(jnp.take_along_axis(tries[:, slot], first[None, None], 1)[:, 0])
-    place = jnp.stack(placed, 1)
-    v = draws(0, 3, (slots, number))
-    row, col, v = (jnp.where(mask, a, 0) for a in (place[0], place[1], v))
-    normal = jax.scipy.special.ndtri(jnp.clip(u[2], 1e-6, 1 - 1e-6))
-    theta = _sorted(theta_of(row, col, v, normal), mask)[0]
-    if prior.cluster_size is None:
-        return theta, jnp.broadcast_to(model.log_free_share(), theta.shape[1:])
-    one_by_one = dataclasses.replace(
-        model.known, prior=dataclasses.replace(prior, places="sequential")
-    )
-    sequential = dataclasses.replace(model, known=one_by_one)
-    return theta, jnp.broadcast_to(-sequential.log_places(theta), theta.shape[1:])
 
 
 def _next_power(like: jax.Array, beta: jax.Array) -> jax.Array:
@@ -250,30 +200,6 @@ def _next_power(like: jax.Array, beta: jax.Array) -> jax.Array:
     return jnp.where(keeps(jnp.ones_like(beta)), 1.0, jnp.minimum(beta + low, 1))
 
 
-def _resampled(weight: jax.Array, u: jax.Array) -> jax.Array:
-    """(P, L) particles to go on with, by systematic resampling of log weights."""
-    share = jax.nn.softmax(weight, axis=0)
-    below = jnp.cumsum(share, 0)
-    number = len(weight)
-    at = (jnp.arange(number, dtype=u.dtype)[:, None] + u[None]) / number * below[-1:]
-    index = jax.vmap(partial(jnp.searchsorted, side="right"), (1, 1), 1)(below, at)
-    return jnp.minimum(index, number - 1)
-
-
-def _sorted(theta: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Targets in the order of their rows, and (P, L) whether they were so.
-
-    Targets can be numbered at will; in one order particles tell each other where to step.
-    """
-    slots = mask.shape[0]
-    table = theta[:-1].reshape(slots, 3, *theta.shape[1:])
-    key = jnp.where(mask, table[:, 0], jnp.inf)
-    order = jnp.argsort(key, axis=0, stable=True)
-    fine = (order == jnp.arange(slots).reshape(-1, 1, 1)).all(0)
-    table = jnp.take_along_axis(table, order[:, None], 0)
-    return jnp.concatenate([table.reshape(-1, *theta.shape[1:]), theta[-1:]]), fine
-
-
 def _move(
     state: _State,
     *,
@@ -286,10 +212,10 @@ def _move(
     half = state.like.shape[0] // 2
     own, others = state.theta[:, :half], state.theta[:, half:]
     u = draws(number, 4 + index, (6, half))
-    length = jnp.exp(state.log_length[index % len(_KINDS)])
-    kinds = [partial(kind, own, others, u, length, model) for kind in _KINDS]
+    length = jnp.exp(state.log_length[index % len(KINDS)])
+    kinds = [partial(kind, own, others, u, length, model) for kind in KINDS]
     proposed, ordered = jax.lax.switch(index % len(kinds), kinds)
-    proposed, fine = _sorted(proposed, model.mask)
+    proposed, fine = in_order(proposed, model.mask)
     like, prior = _densities(model, proposed)
     like = jnp.where(jnp.isfinite(like), like, -jnp.inf)
     gain = state.beta * (like - state.like[:half]) + prior - state.prior[:half]
@@ -321,118 +247,6 @@ def _inside(theta: jax.Array, model: SceneModel) -> jax.Array:
     return fine
 
 
-_Proposal = tuple[jax.Array, jax.Array]
-
-
-def _difference(others: jax.Array, u: jax.Array) -> jax.Array:
-    """Differences (D, P/2, L) of two of the other particles."""
-    number = others.shape[1]
-    at = jnp.minimum((u[:2] * number).astype(jnp.int32), number - 1)
-    one, other = (jnp.take_along_axis(others, i[None], 1) for i in at)
-    return one - other
-
-
-def _chosen(u: jax.Array, mask: jax.Array) -> jax.Array:
-    """(K, P/2, L) bool: one of the targets that are there."""
-    number = mask.sum(0)
-    rank = jnp.cumsum(mask, 0) - 1
-    return mask & (rank == jnp.minimum((u * number).astype(jnp.int32), number - 1))
-
-
-def _along(
-    own: jax.Array, others: jax.Array, u: jax.Array, length: jax.Array, some: jax.Array
-) -> _Proposal:
-    """Steps along the difference of two others, of some parameters (D, P/2, L)."""
-    dimension = jnp.maximum(some.sum(0), 1).astype(own.dtype)
-    step = _difference(others, u) * jnp.where(some, 2.38 / jnp.sqrt(2 * dimension) * length, 0)
-    # Lengths of their own, or particles would meet on a lattice of differences.
-    jitter = 1 + 0.1 * (u[2] - 0.5)
-    return own + step * jitter, jnp.ones((), bool)
-
-
-def _along_all(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
-    return _along(own, others, u, length, jnp.ones(own.shape, bool))
-
-
-def _along_some(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
-    """Of two targets and the level."""
-    both = _chosen(u[3], model.mask) | _chosen(u[4], model.mask)
-    return _along(own, others, u, length, _of_targets(both, level=True))
-
-
-def _along_one(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
-    return _along(own, others, u, length, _of_targets(_chosen(u[3], model.mask), level=False))
-
-
-def _of_targets(some: jax.Array, *, level: bool) -> jax.Array:
-    """(D, P/2, L) the parameters of some targets (K, P/2, L)."""
-    table = jnp.repeat(some, 3, 0)
-    return jnp.concatenate([table, jnp.full((1, *some.shape[1:]), level)])
-
-
-def _redrawn(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
-    """One target anywhere in its square, of any intensity."""
-    prior = model.known.prior
-    row, col, v, t = parts_of(own)
-    one = _chosen(u[3], model.mask)
-    rows, cols = model.seen.counts.shape[:2]
-    if prior.cluster_size is None:
-        new = rows * u[0] - 0.5, cols * u[1] - 0.5
-    elif prior.cluster_offset is None:
-        anchor = _chosen(u[4], model.mask)
-        middle = (jnp.where(anchor, place, 0).sum(0) for place in (row, col))
-        new = tuple(m + prior.cluster_size * (2 * x - 1) for m, x in zip(middle, u, strict=False))
-    else:
-        new = tuple(
-            model.square(place).begin + prior.cluster_size * x
-            for place, x in zip((row, col), u, strict=False)
-        )
-    moved = [jnp.where(one, a, place) for a, place in zip(new, (row, col), strict=True)]
-    if prior.cluster_offset is not None:  # the way back must begin from the same square
-        kept = []
-        for after, before in zip(moved, (row, col), strict=True):
-            same = jnp.abs(model.square(after).begin - model.square(before).begin) < 0.5
-            kept.append(jnp.where(same, after, before))
-        moved = kept
-    row, col = moved
-    return theta_of(row, col, jnp.where(one, u[2], v), t), jnp.zeros((), bool)
-
-
-def _shifted(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
-    """All targets a pixel further along an axis."""
-    row, col, v, t = parts_of(own)
-    way = jnp.where(u[0] < 0.5, -1, 1).astype(own.dtype)
-    along = u[1] < 0.5
-    row = jnp.where(model.mask, row + jnp.where(along, way, 0), row)
-    col = jnp.where(model.mask, col + jnp.where(along, 0, way), col)
-    return theta_of(row, col, v, t), jnp.zeros((), bool)
-
-
-def _rotated(own: Any, others: Any, u: Any, length: Any, model: SceneModel) -> _Proposal:
-    """The targets rotated by any angle about the centre of their light, or mirrored through it.
-
-    The centre stays, so that the volume does.
-    """
-    row, col, v, t = parts_of(own)
-    light = jnp.where(model.mask, model.intensity(v), 0)
-    total = light.sum(0)
-    share = light / jnp.where(total > 0, total, 1)
-    middle = [(share * place).sum(0) for place in (row, col)]
-    angle = 2 * jnp.pi * u[0]
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    a, b = row - middle[0], col - middle[1]
-    b = jnp.where(u[1] < 0.5, -b, b)
-    new = middle[0] + cosine * a - sine * b, middle[1] + sine * a + cosine * b
-    row, col = (jnp.where(model.mask, x, y) for x, y in zip(new, (row, col), strict=True))
-    return theta_of(row, col, v, t), jnp.zeros((), bool)
-
-
-_KINDS = (
-    *(_along_all, _along_some, _along_one, _redrawn, _along_all, _along_some, _rotated),
-    *(_along_one, _along_all, _along_some, _shifted),
-)
-
-
 def _described(
     state: _State, model: SceneModel, draws: Callable[..., jax.Array], num_windows: int
 ) -> Tempered:
@@ -441,7 +255,7 @@ def _described(
     number = like.shape[0]
     log_weight = jnp.broadcast_to(model.log_places(theta), like.shape)
     log_z = state.log_z + jax.nn.logsumexp(log_weight, axis=0) - jnp.log(number)
-    index = _resampled(log_weight, draws(_MOST_STEPS, 0, (1,))[0])
+    index = resampled(log_weight, draws(_MOST_STEPS, 0, (1,))[0])
     theta, like = jnp.take_along_axis(theta, index[None], 1), jnp.take_along_axis(like, index, 0)
     slots = model.mask.shape[0]
 
@@ -459,7 +273,7 @@ def _described(
     share = jax.nn.softmax(evidence, axis=0)
     each = jnp.broadcast_to(jnp.log(share)[None], (number, *share.shape))
     u = draws(_MOST_STEPS, 1, (1,))[0, :num_windows]
-    index = _resampled(each.reshape(-1, num_windows), u)
+    index = resampled(each.reshape(-1, num_windows), u)
     order = jnp.argsort(draws(_MOST_STEPS, 2, (len(index),))[:, :num_windows], 0)
     index = jnp.take_along_axis(index, order, 0)  # groups of a summary are alike
     flat = jnp.take_along_axis(flat, index[:, None, None], 0)

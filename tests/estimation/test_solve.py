@@ -15,7 +15,7 @@ from dscsnet_jax.estimation.windows import Windows, flat
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import ScenePrior, preset_prior
-from dscsnet_jax.inference.program import Selected
+from dscsnet_jax.inference.search import Selected
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
 from dscsnet_jax.physics.optics import render

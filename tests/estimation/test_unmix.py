@@ -16,7 +16,7 @@ from dscsnet_jax.estimation.unmix import Options, pretrained, unmix
 from dscsnet_jax.evaluation.report import evaluate
 from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.program import Selected
+from dscsnet_jax.inference.search import Selected
 from dscsnet_jax.io.weights import packaged_weights
 from dscsnet_jax.maps.network import network_of
 from dscsnet_jax.maps.readout import peak_centroids

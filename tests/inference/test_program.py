@@ -14,7 +14,8 @@ import pytest
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import ScenePrior, preset_prior, scene_prior
-from dscsnet_jax.inference.program import estimate, select
+from dscsnet_jax.inference.program import estimate
+from dscsnet_jax.inference.search import select
 from dscsnet_jax.physics.optics import render
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian

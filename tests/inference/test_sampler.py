@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from dscsnet_jax.inference.chains import NUM_SAMPLES
 from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe
 from dscsnet_jax.inference.prior import preset_prior, scene_prior
-from dscsnet_jax.inference.sampler import NUM_SAMPLES, sample
+from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.summary import (
     ENOUGH_SAMPLES,
     Posterior,

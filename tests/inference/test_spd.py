@@ -16,8 +16,8 @@ from dscsnet_jax.inference.fit import fit
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import preset_prior
-from dscsnet_jax.inference.program import select
 from dscsnet_jax.inference.sampler import sample
+from dscsnet_jax.inference.search import select
 from dscsnet_jax.inference.tempered import tempered
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian

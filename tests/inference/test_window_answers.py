@@ -15,9 +15,9 @@ from dscsnet_jax.inference.fit import Fit, fit
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation, observe, remeasured
 from dscsnet_jax.inference.prior import ScenePrior, preset_prior, scene_prior
-from dscsnet_jax.inference.program import Selected, select
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.scene_model import scene_model
+from dscsnet_jax.inference.search import Selected, select
 from dscsnet_jax.inference.summary import Posterior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.limits import cramer_rao, information_root
