@@ -23,6 +23,8 @@ from dscsnet_jax.io.catalog import (
 from dscsnet_jax.io.frames import FrameStack, read_many
 from dscsnet_jax.physics.sensor import PER_PIXEL
 
+_ENOUGH = 50  # frames with targets, from which on what is not known is worth learning
+
 
 def run(args: argparse.Namespace) -> int:
     """Read, unmix, write the catalog and print a summary."""
@@ -52,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
     catalog = concatenate(
         [answer.catalog(piece.names) for piece, answer in zip(pieces, answers, strict=True)]
     )
+    summary = "\n".join([_summary(answers), *_to_learn(answers, known, len(stacks))])
     if args.out:
         write_catalog(args.out, catalog, force=args.force)
-        print(f"{_summary(answers)}\ncatalog: {args.out}")
+        print(f"{summary}\ncatalog: {args.out}")
     else:
         _print_catalog(catalog)
-        print(_summary(answers), file=sys.stderr)
+        print(summary, file=sys.stderr)
     return 0
 
 
@@ -102,6 +105,22 @@ def _print_catalog(catalog: Catalog) -> None:
         path = Path(home, "targets.csv")
         write_catalog(path, catalog)
         sys.stdout.write(path.read_text(encoding="utf-8"))
+
+
+def _to_learn(answers: list[UnmixResult], known: Known, num_kinds: int) -> list[str]:
+    """A line that says what `--learn` would tell, where frames of one kind are enough for it."""
+    useful = sum(int((np.asarray(answer.targets.count) > 0).sum()) for answer in answers)
+    missing = {
+        "noise": known.sensor.read_noise,
+        "PSF width": known.psf,
+        "range of the intensities": known.prior.intensity,
+        "probabilities of the counts": known.prior.count,
+        "size of the clusters": known.prior.cluster_size,
+    }
+    names = ", ".join(name for name, value in missing.items() if value is None)
+    if num_kinds > 1 or useful < _ENOUGH or not names:
+        return []
+    return [f"not told: {names}; with --learn these frames teach it"]
 
 
 def _summary(answers: list[UnmixResult]) -> str:

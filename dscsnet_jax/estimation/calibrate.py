@@ -12,6 +12,7 @@ before: one that is of another kind counts as such, instead of carrying all othe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from dscsnet_jax.batching import in_blocks, windows_per_block
+from dscsnet_jax.batching import in_blocks, take_rows, windows_per_block
 from dscsnet_jax.estimation.groups import components, linked, reach_of_groups
 from dscsnet_jax.estimation.observed import observed, recorded, with_full_well
 from dscsnet_jax.estimation.solve import gathered, remeasured, selected
@@ -42,15 +43,19 @@ _OTHER = 0.01  # share of frames that may be of another kind
 _MOST = 8  # targets of a group whose probabilities are learned
 _LEAST_SHARE = 1e-3  # of a count
 _SWEEPS = 4
-_TRIALS = 9  # of one number in a sweep
+_TRIALS, _FEW_TRIALS = 9, 5  # of one number in a sweep, and on the way from a start
 _STUCK = 8  # pixels at a full well, and in what its neighbours let expect
 _WORTH = 6.0  # nats that another number must bring
 _DONE = 1.0  # nats of a sweep that is the last
 _MEDIAN_OFF = 0.6745  # of a Gaussian, in standard deviations
 _COMMON = 1.5  # scatter of the frames' levels, in their errors, if they have one in common
+_PATHS, _ROUGHLY = 3, 64  # starts that are followed to the end, by how many of the frames
+_HOPEFUL = 50.0  # nats by which an end of these may be behind, and still be the best of all
 _REACH = {"intensity": 1.2, "spread": 5.0, "width": 1.1}  # factors of a first search
 _ROUGH, _MOST_ROUGH = 1.15, 8  # steps of a first search for the width of the PSF
 _FAINT = 20  # counts below which whole ones pile up without a full well
+_STEPS = np.cumsum(0.0005 * 2.5 ** np.arange(9))  # of a number from its best, to see how it falls
+_FALLEN = 8.0  # nats, from where on nothing counts
 _LEAST_SPREAD, _MOST_SPREAD = 0.01, 0.98
 _LABELS = {
     "read_noise": ("read noise", "counts"),
@@ -76,19 +81,23 @@ class Calibration:
       parameters: each learned number by name: value and standard error; inf where the frames
         do not tell it.
       gain: nats of evidence that it is worth over what was known before.
+      lead: nats, over the best of other explanations that were followed: intensities apart by
+        a tenth and more, with other numbers of targets; inf: all ways led to the same.
       other: share of the frames that are of another kind than the rest.
       num_frames: that it was learned from.
 
     Example:
-      >>> print(Calibration(Known(0.5), {"width": (0.5, 0.01)}, 9.0, 0.0, 8).report())
+      >>> print(Calibration(Known(0.5), {"width": (0.5, 0.01)}, 9.0, 7.0, 0.0, 8).report())
       learned from 8 frames
       PSF sigma                        0.5 +- 0.01 pixels
       evidence gained: 9 nats
+      brighter or fainter targets: 7 nats less
     """
 
     known: Known
     parameters: dict[str, tuple[float, float]]
     gain: float
+    lead: float
     other: float
     num_frames: int
 
@@ -105,6 +114,8 @@ class Calibration:
             shares = ", ".join(f"{n}: {100 * p:.0f} %" for n, p in enumerate(count) if p >= 0.005)
             lines.append(f"groups by targets: {shares}")
         lines.append(f"evidence gained: {self.gain:.0f} nats")
+        if np.isfinite(self.lead):
+            lines.append(f"brighter or fainter targets: {self.lead:.0f} nats less")
         if self.other:
             lines.append(f"frames of another kind: {100 * self.other:.0f} %")
         return "\n".join(lines)
@@ -185,7 +196,7 @@ class _Search:
     """Coordinate by coordinate, from several starts."""
 
     def __init__(self, y: np.ndarray, start: Known, well: float) -> None:
-        self.y, self.start = y, start
+        self.y, self.start, self.trials = y, start, _TRIALS
         psf = pretrained().metadata.geometry.sigma[0] if start.psf is None else start.psf
         known = dataclasses.replace(with_full_well(start, well), psf=as_psf(psf))
         self.observation = observed(y, known.sensor)
@@ -288,7 +299,7 @@ class _Search:
 
         tried: list[_Trial] = []
         ends = np.log(low), np.log(high)
-        options = {"xatol": 0.02 * (ends[1] - ends[0]), "maxiter": _TRIALS}
+        options = {"xatol": 0.02 * (ends[1] - ends[0]), "maxiter": self.trials}
         optimize.minimize_scalar(cost, bounds=ends, method="bounded", options=options)
         self.better(max(tried, key=lambda t: t.value))
 
@@ -303,62 +314,92 @@ class _Search:
             return
         weight = 1 - np.exp(np.minimum(np.log(_OTHER) + self.base - self.best.score, 0))
         share = (self.best.counts * weight[:, None]).sum(0)
+        if not share.sum() > 0:  # a start that explains no frame
+            return
         share = np.maximum(share / share.sum(), _LEAST_SHARE)
         prior = dataclasses.replace(self.best.known.prior, count=tuple(share / share.sum()))
         self.better(self.trial(dataclasses.replace(self.best.known, prior=prior)))
 
     def cluster(self) -> None:
-        """A square that holds all targets of a group, where it is worth it, and its place."""
+        """A square that holds all targets of a group, and a separation, where they are worth it."""
         prior = self.start.prior
         if prior.cluster_size is None:
             extent = _extents(self.best)
             widest = max(float(np.quantile(extent, 0.95)) if len(extent) else 0.0, 0.2)
-            self.one_of(
-                "cluster_size", np.maximum(widest * np.array(_SIZES), 1.01 * prior.separation)
-            )
+            least = 1.01 * self.best.known.prior.separation
+            self.one_of("cluster_size", np.maximum(widest * np.array(_SIZES), least))
         size = self.best.known.prior.cluster_size
-        if size is None:
-            return
-        if prior.separation == 0:
+        if size is not None and prior.separation == 0:
             self.one_of("separation", size * np.array(_SEPARATIONS))
-        if prior.cluster_offset is None and size <= 2:
+
+    def offset(self) -> None:
+        """Where on the pixels the square begins, if it is worth it."""
+        size = self.best.known.prior.cluster_size
+        if self.start.prior.cluster_offset is None and size is not None and size <= 2:
             self.one_of("cluster_offset", _OFFSETS)
 
     def calibration(self) -> Calibration:
         """Search, and describe what was found."""
         first = self.best.value
-        self.begin()
-        sought = False
-        for sweep in range(_SWEEPS):
-            before, shrink = self.best.value, 0.5**sweep
-            self.targets = self.best.targets
-            self.counted()
-            for name, factor in _REACH.items():
-                if self.learns(name):
-                    at, reach = _number(self.best.known, name), factor**shrink
-                    self.along(name, at / reach, at * reach)
-            if not sought and (sweep or self.best.value - before < _DONE):
-                self.cluster()
-                sought = True
-            prior = self.best.known.prior
-            if prior.cluster_size is not None:
-                for name in ("separation", "cluster_size"):
-                    at = _number(self.best.known, name)
-                    if self.learns(name) and at > 0:
-                        least = 1.01 * prior.separation if name == "cluster_size" else 0
-                        self.along(name, max(at / 1.15**shrink, least), at * 1.15**shrink)
-            if sweep and self.best.value - before < _DONE:
-                break
+        ends = self.ends()
+        hopeful = [end.known for end in ends if end.value > ends[0].value - _HOPEFUL]
+        found = sorted((self.refined(known) for known in hopeful), key=lambda t: -t.value)
+        self.best = found[0]
+        behind = [self.best.value - t.value for t in found if not _alike(t.known, self.best.known)]
+        behind += [ends[0].value - end.value for end in ends[len(hopeful) :]]
         for name in (*_REACH, "separation", "cluster_size"):
             if self.learns(name) and (_number(self.best.known, name) or 0) > 0:
-                self.parameters[name] = self.with_error(name)
+                self.parameters[name] = self.averaged(name)
         return Calibration(
             self.found(),
             self.parameters,
             self.best.value - first,
+            min(behind, default=np.inf),
             float((self.best.score <= self.base + np.log(_OTHER) + 0.1).mean()),
             len(self.y),
         )
+
+    def refined(self, known: Known) -> _Trial:
+        """The best near to what is known."""
+        self.best = self.trial(known)
+        for number in range(1, _SWEEPS):
+            before = self.best.value
+            self.sweep(0.5**number)
+            if self.best.value - before < _DONE:
+                break
+        return self.best
+
+    def sweep(self, shrink: float) -> None:
+        """One number after the other, within ever narrower bounds."""
+        self.targets = self.best.targets
+        self.counted()
+        for name, factor in _REACH.items():
+            if self.learns(name):
+                at, reach = _number(self.best.known, name), factor**shrink
+                self.along(name, at / reach, at * reach)
+        prior = self.best.known.prior
+        if prior.cluster_size is not None:
+            for name in ("separation", "cluster_size"):
+                at = _number(self.best.known, name)
+                if self.learns(name) and at > 0:
+                    least = 1.01 * prior.separation if name == "cluster_size" else 0
+                    self.along(name, max(at / 1.15**shrink, least), at * 1.15**shrink)
+
+    def path(self, known: Known) -> _Search:
+        """A search from a start, by some of the frames."""
+        path = copy.copy(self)
+        path.trials = _FEW_TRIALS
+        rows = np.unique(np.linspace(0, len(self.y) - 1, _ROUGHLY).astype(int))
+        path.y, path.observation, path.base = take_rows((self.y, self.observation, self.base), rows)
+        some = np.searchsorted(rows, at := self.targets.frame)
+        kept = np.flatnonzero(rows[np.minimum(some, len(rows) - 1)] == at)
+        path.targets = take_rows(self.targets._replace(frame=some), kept)
+        path.best = path.trial(known)
+        path.targets = path.best.targets
+        path.counted()
+        path.cluster()
+        path.counted()
+        return path
 
     def found(self) -> Known:
         """What is known in the end, checked, as plain numbers."""
@@ -383,37 +424,78 @@ class _Search:
         }
         return not told[name]
 
-    def begin(self) -> None:
-        """Intensities: from the light of a typical group, made by one target or by several."""
-        if not self.learns("intensity"):
-            return
-        light = np.bincount(_groups(self.best), self.best.targets.intensity)
-        typical = float(np.median(light[light > 0]))
-        count = self.start.prior.count or (_LEAST_SHARE, *[1.0] * _MOST)
-        starts = []
-        for share in _STARTS:
-            middle = typical / share
-            prior = dataclasses.replace(
-                self.start.prior,
-                intensity=Uniform(0.7 * middle, 1.3 * middle),
-                count=tuple(np.array(count) / np.sum(count)),
-            )
-            starts.append(self.trial(dataclasses.replace(self.best.known, prior=prior)))
-        self.better(max(starts, key=lambda t: t.value), -np.inf)
+    def ends(self) -> list[_Trial]:
+        """Where several starts lead, the best first; those that are not alike.
 
-    def with_error(self, name: str) -> tuple[float, float]:
-        """A number and its error, by the bend of the evidence."""
-        at, step = _number(self.best.known, name), 0.01
-        for _ in range(3):
-            around = (at * np.exp(s) for s in (-step, step))
-            ends = [self.trial(_changed(self.best.known, name, value)) for value in around]
-            fall = self.best.value - (ends[0].value + ends[1].value) / 2
-            if fall <= 0:
+        The light of a typical group is made by one target or by several: what is known of places
+        may decide it, which the way learns.
+        """
+        starts = [self.best]
+        if self.learns("intensity"):
+            light = np.bincount(_groups(self.best), self.best.targets.intensity)
+            typical = float(np.median(light[light > 0]))
+            count = self.start.prior.count or (_LEAST_SHARE, *[1.0] * _MOST)
+            tried = []
+            for share in _STARTS:
+                middle = typical / share
+                prior = dataclasses.replace(
+                    self.start.prior,
+                    intensity=Uniform(0.7 * middle, 1.3 * middle),
+                    count=tuple(np.array(count) / np.sum(count)),
+                )
+                tried.append(self.trial(dataclasses.replace(self.best.known, prior=prior)))
+            starts = tried
+        paths = sorted((self.path(t.known) for t in starts), key=lambda p: -p.best.value)
+        for path in paths[:_PATHS]:
+            path.offset()
+            path.sweep(1.0)
+        different: list[_Trial] = []
+        for path in sorted(paths[:_PATHS], key=lambda p: -p.best.value):
+            if not any(_alike(path.best.known, other.known) for other in different):
+                different.append(path.best)
+        return different
+
+    def averaged(self, name: str) -> tuple[float, float]:
+        """A number's mean and spread over all values, weighed by their evidence.
+
+        Ends of ranges have their largest evidence where it breaks off: a bend there tells nothing.
+        """
+        at, x, value = _number(self.best.known, name), [0.0], [self.best.value]
+        for way in (-1, 1):
+            for step in _STEPS:
+                to = _moved(name, at, way * step)
+                trial = self.trial(_changed(self.best.known, name, to))
+                x.append(to - at if name == "spread" else way * step)
+                value.append(trial.value)
+                if value[-1] < max(value) - _FALLEN:
+                    break
+                if name == "spread" and not _LEAST_SPREAD < to < _MOST_SPREAD:
+                    break
+            else:
                 return at, float("inf")
-            if 0.3 < fall < 3:
-                break
-            step *= float(np.clip(fall**-0.5, 0.1, 10))
-        return at, at * step / float(np.sqrt(2 * fall))
+        order = np.argsort(x)
+        off, weight = np.array(x)[order], np.exp(np.array(value)[order] - max(value))
+        total = np.trapezoid(weight, off)
+        mean = np.trapezoid(weight * off, off) / total
+        std = float(np.sqrt(np.trapezoid(weight * (off - mean) ** 2, off) / total))
+        mean = _moved(name, at, float(mean))
+        self.best = self.trial(_changed(self.best.known, name, mean))
+        return mean, std if name == "spread" else mean * std
+
+
+def _moved(name: str, at: float, x: float) -> float:
+    """A number further on: by so much itself, or its logarithm where it has a scale."""
+    if name != "spread":
+        return at * float(np.exp(x))
+    return float(np.clip(at + x, _LEAST_SPREAD, _MOST_SPREAD))
+
+
+def _alike(one: Known, other: Known) -> bool:
+    """Whether intensities are the same within a tenth."""
+    if one.prior.intensity is None:
+        return True
+    ratio = _number(one, "intensity") / _number(other, "intensity")
+    return abs(np.log(ratio)) < 0.1
 
 
 def _number(known: Known, name: str) -> float:

@@ -2,6 +2,7 @@
 
     python experiments/benchmarks/offgrid_score.py --preset csist
     python experiments/benchmarks/offgrid_score.py --preset csist_float --read-noise 2
+    python experiments/benchmarks/offgrid_score.py --num 1500 --known told learned nothing
 
 prints, per method and estimate: CSO-mAP, frames with the right count, share of position
 errors within one and two reported standard deviations, median position error of frames
@@ -19,15 +20,18 @@ import jax
 import numpy as np
 
 from dscsnet_jax.cli.simulate import simulated
+from dscsnet_jax.estimation.calibrate import calibrate
 from dscsnet_jax.estimation.limit import bayes_limit
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.estimation.unmix import unmix
 from dscsnet_jax.evaluation.matching import matched
 from dscsnet_jax.evaluation.report import evaluate
+from dscsnet_jax.inference.known import Known
 from dscsnet_jax.physics.scene import get_preset
 from dscsnet_jax.physics.targets import Targets
 
 SEED = 0
+KNOWN = "told", "learned", "nothing"
 
 
 def main() -> None:
@@ -38,6 +42,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=10_000)
     parser.add_argument("--methods", nargs="+", default=["dscsnet", "grid", "greedy"])
     parser.add_argument("--estimates", nargs="+", default=["map", "mean"])
+    parser.add_argument("--known", nargs="+", choices=KNOWN, default=["told"])
     parser.add_argument("--num-limit", type=int, default=500, help="frames of the limit's row")
     args = parser.parse_args()
     changes = {} if args.read_noise is None else {"read_noise": args.read_noise}
@@ -46,14 +51,22 @@ def main() -> None:
     truth, frames = scene.targets, np.asarray(scene.frames)
     print(f"{preset.name} {changes or ''}: {args.num} test frames, {jax.devices()[0].device_kind}")
     head = ("method", "mAP", "AP05", "AP25", "count %", "in 1s %", "in 2s %", "median2 px", "fps")
-    print(f"{head[0]:<20}" + "".join(f"{name:>12}" for name in head[1:]))
-    for method in args.methods:
-        for estimate in ["map"] if method == "grid" else args.estimates:
-            run = partial(unmix, frames, preset.known, method=method, estimate=estimate)
-            run()  # compiles for all shapes of windows that occur
+    print(f"{head[0]:<22}" + "".join(f"{name:>12}" for name in head[1:]))
+    for what in args.known:
+        known = preset.known if what == "told" else Known()
+        if what == "learned":
             start = time.perf_counter()
-            answer = run()
-            show(f"{method} {estimate}", answer, truth, time.perf_counter() - start)
+            taught = calibrate(frames)
+            known = taught.known
+            print(f"{taught.report()}\n{time.perf_counter() - start:.0f} s with compiling")
+        for method in args.methods:
+            for estimate in ["map"] if method == "grid" else args.estimates:
+                run = partial(unmix, frames, known, method=method, estimate=estimate)
+                run()  # compiles for all shapes of windows that occur
+                start = time.perf_counter()
+                answer = run()
+                name = f"{method} {estimate} {what if what != 'told' else ''}"
+                show(name, answer, truth, time.perf_counter() - start)
     if args.num_limit:
         some = jax.tree.map(lambda a: np.asarray(a)[: args.num_limit], truth)
         start = time.perf_counter()
@@ -79,7 +92,7 @@ def show(name: str, answer: UnmixResult, truth: Targets, seconds: float) -> None
         f"{median:12.4f}",
         f"{len(truth.count) / seconds:12.0f}",
     )
-    print(f"{name:<20}" + "".join(cells), flush=True)
+    print(f"{name:<22}" + "".join(cells), flush=True)
 
 
 def coverage(answer: UnmixResult, truth: Targets) -> tuple[float, float]:

@@ -12,6 +12,8 @@ from dscsnet_jax.estimation.calibrate import Calibration
 from dscsnet_jax.estimation.result import UnmixResult
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.prior import scene_prior
+from dscsnet_jax.physics.optics import render
+from dscsnet_jax.physics.targets import from_lists
 
 Captured = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -34,7 +36,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Known]:
         sensor = dataclasses.replace(known.sensor, read_noise=2.25)
         taught = dataclasses.replace(known, sensor=sensor)
         parameters = {"read_noise": (2.25, 0.01), "width": (0.5, float("inf"))}
-        return Calibration(taught, parameters, 12.0, 0.25, len(frames))
+        return Calibration(taught, parameters, 12.0, 3.0, 0.25, len(frames))
 
     monkeypatch.setattr(calibrate, "calibrate", learn)
     return calls
@@ -114,3 +116,19 @@ def test_unmix_learns_first(
     assert main(argv) == 2  # what was learned before is kept
     assert "targets.known.json" in capsys.readouterr().err
     assert len(told) == 1
+
+
+def test_what_learning_would_tell_is_said_from_enough_frames_up(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    frames = np.random.default_rng(0).normal(10, 2, (50, 11, 11))
+    frames += np.asarray(render(from_lists([[(5.0, 5.2, 400.0)]] * 50), frame_size=11, psf=0.5))
+    path = tmp_path / "stack.npy"
+    np.save(path, frames.astype(np.float32))
+    argv = ["unmix", str(path), "--method", "grid", "--noise", "2"]
+    assert main([*argv, "--out", str(tmp_path / "a.csv")]) == 0
+    said = "not told: PSF width, range of the intensities, probabilities of the counts"
+    assert said in capsys.readouterr().out
+    np.save(path, frames[:40].astype(np.float32))
+    assert main([*argv, "--out", str(tmp_path / "b.csv")]) == 0
+    assert "not told" not in capsys.readouterr().out

@@ -1,14 +1,19 @@
 """Calibration: what frames have in common is learned from them, and what is known is kept."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
 
-from dscsnet_jax.estimation.calibrate import Calibration, _piled_up, calibrate
+from dscsnet_jax.estimation.calibrate import Calibration, _piled_up, _Search, _Trial, calibrate
+from dscsnet_jax.estimation.windows import flat
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.prior import preset_prior
+from dscsnet_jax.inference.prior import preset_prior, scene_prior
 from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.preset import Sensor
+from dscsnet_jax.physics.psf import Gaussian
+from dscsnet_jax.physics.targets import from_lists
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +109,58 @@ def test_a_full_well_is_what_many_pixels_are_stuck_at() -> None:
     assert _piled_up(rng.poisson(1.0, (16, 11, 11)).clip(max=3).astype(float)) == np.inf
     light[0, 0, 0] = np.nan
     assert _piled_up(np.minimum(light, 255.0)) == 255
+
+
+class Told(_Search):
+    """A search among what is worth so much, with 80 frames of one group each."""
+
+    def __init__(self, value: Callable[[Known], float]) -> None:
+        self.value, self.y, self.start, self.trials = value, np.zeros((80, 11, 11)), Known(0.5), 9
+        self.observation, self.base, self.parameters = np.zeros(80), np.zeros(80), {}
+        self.targets = flat(from_lists([[(5.0, 5.0, 600.0)]] * 80))
+        self.best = self.trial(Known(Gaussian(0.5)))
+
+    def trial(self, known: Known) -> _Trial:
+        score = np.full(len(self.y), self.value(known) / 80)
+        counts = np.tile(np.eye(9)[2], (len(score), 1))
+        return _Trial(known, float(score.sum()), score, self.targets, counts)
+
+
+def test_what_is_known_of_places_decides_between_brighter_and_fainter_targets() -> None:
+    def value(known: Known) -> float:
+        if known.prior.intensity is None:
+            return 0.0
+        low, high = known.prior.intensity.range
+        middle = (low + high) / 2
+        bright, faint = (np.exp(-(np.log(middle / at) ** 2) / 0.08) for at in (500.0, 200.0))
+        # Bright ones are worth more until a square is known that holds the faint ones.
+        return float(400 * bright + faint * (300 if known.prior.cluster_size is None else 900))
+
+    search = Told(value)
+    taught = search.calibration()
+    low, high = taught.known.prior.intensity.range
+    assert abs(np.log((low + high) / 2 / 200)) < 0.05
+    assert taught.known.prior.cluster_size is not None
+    assert taught.lead == pytest.approx(500 * 64 / 80, rel=0.02)  # by those that were followed
+
+
+def test_a_number_at_the_end_of_what_can_be_is_averaged_over_the_others() -> None:
+    def value(known: Known) -> float:
+        """Rises by 50 nats with the logarithm of the separation up to 0.55, where it ends."""
+        apart = known.prior.separation
+        return 50 * float(np.log(apart / 0.55)) if 0 < apart <= 0.55 else -1e4
+
+    search = Told(value)
+    prior = scene_prior(separation=0.55, cluster_size=1.0)
+    search.best = search.trial(Known(Gaussian(0.5), prior=prior))
+    mean, std = search.averaged("separation")
+    assert np.log(mean / 0.55) == pytest.approx(-1 / 50, rel=0.1)
+    assert std == pytest.approx(mean / 50, rel=0.1)
+    assert search.best.known.prior.separation == mean
+
+
+def test_what_the_frames_do_not_tell_has_no_error() -> None:
+    search = Told(lambda known: 0.0)
+    prior = scene_prior(separation=0.5, cluster_size=1.0)
+    search.best = search.trial(Known(Gaussian(0.5), prior=prior))
+    assert search.averaged("separation") == (0.5, np.inf)
