@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     catalog = concatenate(
         [answer.catalog(piece.names) for piece, answer in zip(pieces, answers, strict=True)]
     )
-    summary = "\n".join([_summary(answers), *_to_learn(answers, known, len(stacks))])
+    to_learn = [] if args.learn else _to_learn(answers, known, len(stacks))
+    summary = "\n".join([_summary(answers), *to_learn])
     if args.out:
         write_catalog(args.out, catalog, force=args.force)
         print(f"{summary}\ncatalog: {args.out}")

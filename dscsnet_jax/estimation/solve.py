@@ -460,8 +460,8 @@ def _count_probability(counted: Counted, num_frames: int, max_targets: int) -> n
         order = np.argsort(w.frame, kind="stable")
         frame = w.frame[order]
         rank = ranks(frame)
-        for place in range(rank.max(initial=-1) + 1):
-            at = order[rank == place]
+        for nth in range(rank.max(initial=-1) + 1):
+            at = order[rank == nth]
             before = total[w.frame[at]]
             after = np.zeros_like(before)
             for number in range(share.shape[1]):

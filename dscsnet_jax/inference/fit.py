@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.derivatives import Quadratic
 from dscsnet_jax.inference.known import Known
-from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes
+from dscsnet_jax.inference.lanes import from_lanes, lanes_last, to_lanes, zeros_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.inference.pixels import typical
 from dscsnet_jax.inference.scene_model import SceneModel, scene_model
@@ -170,7 +170,7 @@ def _minimise(
         )
         return theta, damping, kept
 
-    at = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(model.quadratic, theta))
+    at = zeros_of(model.quadratic, theta)
     at = at._replace(cost=jnp.full_like(at.cost, jnp.inf))
     first: State = (theta, jnp.full_like(theta[-1], start / _EASE), at)
     if by_scan:

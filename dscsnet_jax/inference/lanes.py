@@ -49,12 +49,14 @@ def materialised(some: jax.Array, function: Callable[..., Any], *args: Any) -> A
     The compiler would work out cheap terms again for each of their uses, which are many. What
     crosses the border of a branch is kept. It is always taken: `some`, a bool, is below 2.
     """
-
-    def never(*args: Any) -> Any:
-        shapes = jax.eval_shape(function, *args)
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-
+    never = functools.partial(zeros_of, function)
     return jax.lax.cond(some.astype(jnp.int32) < 2, function, never, *args)
+
+
+def zeros_of(function: Callable[..., Any], *args: Any) -> Any:
+    """Zeros in the shapes of `function(*args)`, which is not run."""
+    shapes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 
 def largest(terms: jax.Array) -> jax.Array:

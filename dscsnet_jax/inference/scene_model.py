@@ -131,7 +131,7 @@ def scene_model(
       mask: (K, ...) targets present.
       known: PSF, sensor's gain and scene prior.
       softness: of the prior's limits, pixels.
-      uniform: see `SceneModel`.
+      uniform: see `WindowPrior`.
     """
     require(known.psf is not None, "the scene model needs a PSF, and what is known has none")
     known = dataclasses.replace(known, psf=as_psf(known.psf))

@@ -18,6 +18,7 @@ from dscsnet_jax.inference.doubt import DOUBTED, NEAR, doubt
 from dscsnet_jax.inference.evidence import laplace
 from dscsnet_jax.inference.fit import NUM_ITERATIONS, Fit, fit
 from dscsnet_jax.inference.known import Known
+from dscsnet_jax.inference.lanes import zeros_of
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.physics.targets import Targets
 
@@ -112,10 +113,7 @@ def _search(
 ) -> _Search:
     """Run the phases up to the given one."""
     start = jax.tree.map(jnp.asarray, start)
-    shapes = jax.eval_shape(
-        lambda: fit(windows, start, known, num_iterations=0, differentiable=False)
-    )
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    empty = zeros_of(lambda: fit(windows, start, known, num_iterations=0, differentiable=False))
     number = 1 if only_add else NUM_CHANGES
     length, slots = start.mask.shape
     shape = (length, number)

@@ -119,7 +119,7 @@ def test_unmix_learns_first(
 
 
 def test_what_learning_would_tell_is_said_from_enough_frames_up(
-    tmp_path: Path, capsys: Captured
+    asked: list[Known], tmp_path: Path, capsys: Captured
 ) -> None:
     frames = np.random.default_rng(0).normal(10, 2, (50, 11, 11))
     frames += np.asarray(render(from_lists([[(5.0, 5.2, 400.0)]] * 50), frame_size=11, psf=0.5))
@@ -129,6 +129,9 @@ def test_what_learning_would_tell_is_said_from_enough_frames_up(
     assert main([*argv, "--out", str(tmp_path / "a.csv")]) == 0
     said = "not told: PSF width, range of the intensities, probabilities of the counts"
     assert said in capsys.readouterr().out
+    assert main([*argv, "--learn", "--out", str(tmp_path / "learned.csv")]) == 0
+    assert "not told" not in capsys.readouterr().out
+    assert asked  # what they did not teach is not offered again
     np.save(path, frames[:40].astype(np.float32))
     assert main([*argv, "--out", str(tmp_path / "b.csv")]) == 0
     assert "not told" not in capsys.readouterr().out

@@ -263,10 +263,12 @@ def test_only_add_is_the_first_of_all(found: tuple[Fit, Targets]) -> None:
     best, other = found
     added = jit_changes(best, batch()[0], KNOWN, only_add=True)
     assert added.mask.shape == (len(TRUTH), 1, SLOTS)
-    # Where the fit explains the window the peak is one of roundings, which programs differ in.
-    left = [window for window in range(len(TRUTH)) if window not in (THREE, UNCERTAIN)]
     for ours, theirs in zip(jax.tree.leaves(added), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(ours[left, 0], theirs[left, ADDED], rtol=1e-5, atol=1e-5)
+        ours, theirs = np.array(ours[:, 0]), np.array(theirs[:, ADDED])
+        if ours.dtype != bool:
+            # The fit explains this window: its peak is one of roundings, which programs differ in.
+            ours[THREE, 3] = theirs[THREE, 3] = 0
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_windows_stand_alone(found: tuple[Fit, Targets]) -> None:
