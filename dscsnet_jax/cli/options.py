@@ -87,9 +87,10 @@ def add_prior(parser: argparse.ArgumentParser) -> None:
     """What is known of the scenes."""
     parser.add_argument(
         "--prior",
-        choices=sorted(known_presets()),
+        choices=[*sorted(known_presets()), "none"],
         help="what the scenes of this preset have in common: range of intensities, least "
-        "distance, cluster size and number of targets; default: nothing is known",
+        "distance, cluster size and number of targets; default: a cluster's targets are alike "
+        "within a factor and near to each other; none: not even that",
     )
     parser.add_argument(
         "--intensity", type=counts, nargs=2, metavar=("LOW", "HIGH"), help="range, counts"
@@ -202,11 +203,14 @@ def known_of_runs(known: Known, runs: Iterable[Sized]) -> Iterator[Known]:
 
 def _prior(args: argparse.Namespace, base: ScenePrior) -> ScenePrior:
     """What is known of the scene: that of `--prior`, or else of `base`, changed as asked for."""
+    from dscsnet_jax.inference.alike import AnyIntensity
     from dscsnet_jax.inference.prior import preset_prior, scene_prior
 
     names = ("intensity", "separation", "cluster_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.prior is not None:
+    if args.prior == "none":
+        base = scene_prior(intensity=AnyIntensity())
+    elif args.prior is not None:
         base = preset_prior(presets()[args.prior])
     if not given:
         return base

@@ -30,7 +30,7 @@ from dscsnet_jax.inference.evidence import dark
 from dscsnet_jax.inference.intensity import Uniform
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import ROUNDING, Observation
-from dscsnet_jax.inference.prior import scene_prior
+from dscsnet_jax.inference.prior import scene_prior, strictly_told
 from dscsnet_jax.io.frames import full_well
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian, as_psf, require
@@ -156,6 +156,7 @@ def calibrate(frames: Any, start: Known | None = None, *, seed: int = 0) -> Cali
       H. Robbins, Proc. Third Berkeley Symp. Math. Stat. Prob. 1 (1956) 157 (empirical Bayes).
     """
     start = start or Known()
+    start = dataclasses.replace(start, prior=strictly_told(start.prior))
     y = recorded(frames, start.sensor.bad_pixels, mask_invalid=True)
     well = min(full_well(getattr(frames, "dtype", float)), _piled_up(y))
     start = start.checked(y.shape)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.batching import in_blocks, windows_per_block
@@ -55,7 +56,7 @@ def bayes_limit(
     y = recorded(frames, known.sensor.bad_pixels, mask_invalid=False)
     known = with_full_well(known, full_well(getattr(frames, "dtype", float)))
     known = dataclasses.replace(known, psf=as_psf(known.psf)).checked(y.shape)
-    told, seen = known.for_windows(), observed(y, known.sensor)
+    told, seen = known.with_weak_prior().for_windows(), observed(y, known.sensor)
     if count is not None:
         number = np.asarray(count, int)
         right = number.shape == (len(y),) and bool((number >= 0).all())
@@ -64,8 +65,9 @@ def bayes_limit(
         found = _tempered(seen, number, slots, told, seed)
         chance = (number[:, None] == np.arange(slots + 1)).astype(float)
     else:
-        listed = known.prior.count
-        share = np.ones(_MOST + 1) if listed is None else np.asarray(listed, float)
+        listed = told.prior.count
+        most = len(listed) - 1 if isinstance(listed, tuple) else _MOST
+        share = np.exp(np.asarray(told.prior.log_count(jnp.arange(most + 1), float)))
         slots = max(len(share) - 1, 1)
         tried = [n for n in range(len(share)) if share[n] > 0]
         answers = [_tempered(seen, np.full(len(y), n), slots, told, seed) for n in tried]

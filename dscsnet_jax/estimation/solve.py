@@ -255,7 +255,7 @@ def _counted(
     kinds = (
         (~only & ~w.split, known, comparing),
         (only, known, False),
-        (w.split, known.of_any_count(), comparing),
+        (w.split, known.of_parts(), comparing),
     )
     parts = [(take_rows(w, np.flatnonzero(rows)), *told) for rows, *told in kinds]
     return [(part, run(part, told, compare)) for part, told, compare in parts if len(part.frame)]

@@ -177,11 +177,11 @@ def unmix(
             guess = dataclasses.replace(told, psf=own)
             fitted = fit_psf(observation, start, guess, greedy=greedy, seed=seed)
             known, start = dataclasses.replace(known, psf=fitted.known.psf), fitted.targets
-            told, parameters = known.for_windows(), fitted.parameters
+            parameters = fitted.parameters
         solved = solve(
             observation,
             start,
-            told,
+            known.with_weak_prior().for_windows(),
             max_targets=max_targets,
             estimate=estimate,
             estimate_noise=known.sensor.read_noise is None,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dscsnet_jax.inference.alike import Alike
 from dscsnet_jax.inference.changes import closest_pair, left
 from dscsnet_jax.inference.fit import Fit
 from dscsnet_jax.inference.known import Known
@@ -53,6 +54,8 @@ def _unlikely(best: Fit, known: Known) -> jax.Array:
     by the variance of the prior, 1, less that of the posterior.
     """
     mask = best.targets.mask
+    if isinstance(known.prior.intensity, Alike):
+        return jnp.zeros_like(best.converged)  # nothing is brighter or fainter than expected
     v = jnp.where(mask, best.theta[:, 2:-1:3], 0)
     slope = jnp.where(mask, known.prior.intensity.slope(v), 1)  # type: ignore[union-attr]
     tells = mask & (slope > 0)
@@ -106,7 +109,7 @@ def _ambiguous(at: _Light, number: jax.Array, prior: ScenePrior) -> jax.Array:
     blurred = at.light < _SHAPED_SNR * number * at.error
     ambiguous = jnp.zeros_like(blurred)
     for other in (number - 1, number + 1):
-        off = jnp.maximum(other * low - at.light, at.light - other * high)
+        off = jnp.maximum(other * low - at.light, at.light - jnp.maximum(other, 1) * high)
         possible = (other > 0) & (prior.log_count(other, at.light.dtype) > -jnp.inf)
         ambiguous |= possible & (off < _LIGHT * at.error)
     return ambiguous & blurred & (number > 0)

@@ -15,6 +15,8 @@ import numpy as np
 from jax.scipy.special import ndtri
 from scipy.stats import norm
 
+from dscsnet_jax.inference.alike import Alike
+
 _FARTHEST = 4.0  # standard deviations, of the start of a fit
 
 
@@ -212,4 +214,4 @@ def _latent(share: jax.Array) -> jax.Array:
     return ndtri(jnp.clip(share, edge, 1 - edge))
 
 
-IntensityPrior = Uniform | LogNormal | Histogram
+IntensityPrior = Uniform | LogNormal | Histogram | Alike

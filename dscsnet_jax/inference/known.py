@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from dscsnet_jax.inference import known_file
-from dscsnet_jax.inference.prior import ScenePrior, preset_prior
+from dscsnet_jax.inference.alike import AnyIntensity
+from dscsnet_jax.inference.prior import Poisson, ScenePrior, preset_prior, weak_prior
 from dscsnet_jax.io.plain import read_plain, write_plain
 from dscsnet_jax.physics.preset import Preset, Sensor
 from dscsnet_jax.physics.psf import as_psf, require, with_both_widths
@@ -68,15 +69,26 @@ class Known:
         """The same, but for the probabilities of the counts."""
         return dataclasses.replace(self, prior=dataclasses.replace(self.prior, count=None))
 
+    def of_parts(self) -> Known:
+        """What is known of parts of a cluster: their counts only if targets do not know others."""
+        return self if isinstance(self.prior.count, Poisson) else self.of_any_count()
+
     def for_windows(self) -> Known:
         """What an `Observation` does not hold, as float32: all that programs of windows ask for.
 
         They are then compiled once, whatever else of a sensor is known.
         """
+        prior = self.prior
+        if isinstance(prior.intensity, AnyIntensity):
+            prior = dataclasses.replace(prior, intensity=None)
         psf = with_both_widths(as_psf(self.psf))
         psf = jax.tree.map(lambda a: np.asarray(a, np.float32), psf)
         gain = self.effective_gain
-        return Known(psf, Sensor(gain=None if gain is None else np.float32(gain)), self.prior)
+        return Known(psf, Sensor(gain=None if gain is None else np.float32(gain)), prior)
+
+    def with_weak_prior(self) -> Known:
+        """The same; where no intensities are told, with what is assumed then (`weak_prior`)."""
+        return dataclasses.replace(self, prior=weak_prior(self.prior))
 
     def to_json(self, path: str | Path) -> None:
         """Write a JSON file that a person can read and edit (`known_file`), and an NPZ beside it.

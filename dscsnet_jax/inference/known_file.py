@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dscsnet_jax.inference.alike import Alike, AnyIntensity
 from dscsnet_jax.inference.intensity import Histogram, LogNormal, Uniform
-from dscsnet_jax.inference.prior import ScenePrior, scene_prior
+from dscsnet_jax.inference.prior import Poisson, ScenePrior, scene_prior
 from dscsnet_jax.io.formats import decode
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian, require
@@ -130,6 +131,8 @@ INTENSITY_KINDS = {
     "uniform": Kind(Uniform, {"low": _COUNT, "high": _COUNT}, Uniform),
     "log_normal": Kind(LogNormal, {"log_mean": "log count", "log_std": "log count"}, LogNormal),
     "histogram": Kind(Histogram, {"edges": _COUNT, "share": ""}, Histogram),
+    "alike": Kind(Alike, {"log_std": "log count", "scale_log_std": "log count"}, Alike),
+    "any": Kind(AnyIntensity, {}, AnyIntensity),
 }
 
 SENSOR_UNITS = {
@@ -146,10 +149,12 @@ PRIOR_UNITS = {
     "separation": _PIXEL,
     "cluster_size": _PIXEL,
     "cluster_offset": _PIXEL,
+    "spread": "PSF width",
     "count": "",
     "places": "",
 }
-_KINDS = {"psf": PSF_KINDS, "prior.intensity": INTENSITY_KINDS}
+_COUNT_KINDS = {"poisson": Kind(Poisson, {"mean": ""}, Poisson)}
+_KINDS = {"psf": PSF_KINDS, "prior.intensity": INTENSITY_KINDS, "prior.count": _COUNT_KINDS}
 _TRUTH = frozenset({"quantised"})
 _WHOLE = frozenset({"num_terms", "half", "over", "oversampling"})
 _TEXT = frozenset({"kind", "places", "values", "array"})
@@ -163,7 +168,10 @@ def told(psf: Any, sensor: Sensor, prior: ScenePrior) -> dict[str, Any]:
     """
     intensity = _of_kind("prior.intensity", prior.intensity)
     scene = {name: getattr(prior, name) for name in PRIOR_UNITS}
-    scene["count"] = None if prior.count is None else np.asarray(prior.count, float)
+    if isinstance(prior.count, Poisson):
+        scene["count"] = _of_kind("prior.count", prior.count)
+    elif prior.count is not None:
+        scene["count"] = np.asarray(prior.count, float)
     tree = {
         "psf": _of_kind("psf", psf),
         "sensor": {name: getattr(sensor, name) for name in SENSOR_UNITS},
@@ -205,6 +213,8 @@ def read(tree: dict[str, Any], folder: Path) -> tuple[Any, Sensor, ScenePrior]:
     given = {k: v for k, v in parts["sensor"].items() if not (k == "excess_noise" and v is None)}
     prior = dict(parts["prior"])
     prior["intensity"] = _made("prior.intensity", intensity)
+    if isinstance(prior.get("count"), dict):
+        prior["count"] = _made("prior.count", prior["count"])
     prior = {name: value for name, value in prior.items() if value is not None}
     return _made("psf", parts["psf"]), checked(Sensor(**given)), scene_prior(**prior)
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dscsnet_jax.inference import clustered
+from dscsnet_jax.inference.alike import Alike
 from dscsnet_jax.inference.scene_model import SceneModel
 from dscsnet_jax.inference.theta import theta_of
 
@@ -54,10 +56,19 @@ def from_prior(
         first = jnp.argmax(free, 0)
         placed.append(jnp.take_along_axis(tries[:, slot], first[None, None], 1)[:, 0])
     place = jnp.stack(placed, 1)
+    if prior.spread is not None:
+        u = draws(0, 4, (2 * slots + 1, number))
+        place = clustered.drawn(place[:, :1], mask, model.spread_width(), u)
     v = draws(0, 3, (slots, number))
+    if isinstance(prior.intensity, Alike):
+        white = jax.scipy.special.ndtri(jnp.clip(v, 1e-6, 1 - 1e-6))
+        latent = prior.intensity.unwhitened(white, mask)
+        v = prior.intensity.value(latent) / jnp.maximum(mask.sum(0), 1)[None]
     row, col, v = (jnp.where(mask, a, 0) for a in (place[0], place[1], v))
     normal = jax.scipy.special.ndtri(jnp.clip(u[2], 1e-6, 1 - 1e-6))
     theta = in_order(theta_of(row, col, v, normal), mask)[0]
+    if prior.spread is not None:
+        return theta, model.log_distances(theta)
     if prior.cluster_size is None:
         return theta, jnp.broadcast_to(model.log_free_share(), theta.shape[1:])
     one_by_one = dataclasses.replace(

@@ -186,7 +186,7 @@ def _tells(windows: Observation) -> jax.Array:
 def _log_count(known: Known, slots: int, dtype: Any) -> jax.Array:
     """(K+1,) `log p(n)`; of excluded counts the less, the further they are from others."""
     listed = known.prior.count
-    most = max(slots + 1, 0 if listed is None else len(listed))
+    most = max(slots + 1, len(listed) if isinstance(listed, tuple) else 0)
     number = jnp.arange(most)
     told = known.prior.log_count(number, dtype)
     possible = jnp.isfinite(told)

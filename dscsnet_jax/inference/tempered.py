@@ -241,7 +241,7 @@ def _inside(theta: jax.Array, model: SceneModel) -> jax.Array:
     fine = jnp.ones(theta.shape[1:], bool)
     if model.known.prior.intensity is None:
         fine &= (~model.mask | ((v >= 0) & (v <= 1))).all(0)
-    if model.known.prior.cluster_size is None:
+    if model.known.prior.cluster_size is None and model.known.prior.spread is None:
         for place, last in zip((row, col), model.seen.counts.shape, strict=False):
             fine &= (~model.mask | ((place >= -0.5) & (place <= last - 0.5))).all(0)
     return fine

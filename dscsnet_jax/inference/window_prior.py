@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr
 
-from dscsnet_jax.inference import pixels, spd
+from dscsnet_jax.inference import clustered, pixels, spd
+from dscsnet_jax.inference.alike import Alike
 from dscsnet_jax.inference.derivatives import PriorTerms
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import sum_leading, sum_of
@@ -37,8 +38,9 @@ class WindowPrior:
       known: PSF, sensor's gain and scene prior.
       scale: (...,) counts of the window above its level: the most a target can have.
       softness: of the prior's limits, pixels.
-      uniform: intensities are told by `u = Phi(v)`, uniform in 0 .. 1, instead of by `v`: sums of
-        intensities are then straight in `theta`, for chains.
+      uniform: intensities are told by `u = Phi(v)`, uniform in 0 .. 1, instead of by `v`, those
+        that are alike by their share of the scale: sums of intensities are then straight in
+        `theta`, for chains.
     """
 
     seen: Observation
@@ -51,23 +53,29 @@ class WindowPrior:
     def intensity(self, v: jax.Array) -> jax.Array:
         """Intensities of `v`, counts."""
         prior = self.known.prior.intensity
-        if prior is None:
-            return self.scale * v
+        if prior is None or self._shares:
+            return self.scale[None] * v
+        if isinstance(prior, Alike):
+            return self._each * prior.value(v)
         # Steps may end within the softness of the walls, intensities never beyond the prior's.
         return prior.quantile(jnp.clip(v, 0, 1)) if self.uniform else prior.value(v)
 
     def intensity_slope(self, v: jax.Array) -> jax.Array:
         """`dI/dv`, counts."""
         prior = self.known.prior.intensity
-        if prior is None:
+        if prior is None or self._shares:
             return jnp.broadcast_to(self.scale, v.shape)
+        if isinstance(prior, Alike):
+            return self._each * prior.slope(v)
         return prior.quantile_slope(v) if self.uniform else prior.slope(v)
 
     def latent(self, intensity: jax.Array) -> jax.Array:
         """`v` of intensities; those beyond the prior's reach are moved to its edge."""
         prior = self.known.prior.intensity
-        if prior is None:
-            return intensity / self.scale
+        if prior is None or self._shares:
+            return intensity / self.scale[None]
+        if isinstance(prior, Alike):
+            return prior.latent(intensity / self._each)
         v = prior.latent(intensity)
         return ndtr(v) if self.uniform else v
 
@@ -88,15 +96,26 @@ class WindowPrior:
 
         Limits are steep walls, so that a start beyond them finds its way in.
         """
-        rows, (row, col, *_) = self._own_rows(theta), parts_of(theta)
-        for step in range(1, self.mask.shape[0]):  # each pair once, without a gather
-            both = self.mask[step:] & self.mask[:-step]
-            rows.append(self._too_close(row[step:] - row[:-step], col[step:] - col[:-step], both))
+        rows, alike = self._own_rows(theta), self._alike(theta)
+        total = self.log_distances(theta) - sum_of(sum_leading(row**2) for row in rows) / 2
+        if alike is not None:
+            total = total - sum_leading(alike.cost)
+        if self.known.prior.spread is not None:
+            total = total - self._clustered(theta).cost
         room = self._room(theta)
         if room is None:
-            return -sum_of(sum_leading(row**2) for row in rows) / 2
-        rows.append(self._room_rows(theta))
-        return sum_leading(jnp.log(room)) - sum_of(sum_leading(row**2) for row in rows) / 2
+            return total
+        return total + sum_leading(jnp.log(room) - self._room_rows(theta) ** 2 / 2)
+
+    def log_distances(self, theta: jax.Array) -> jax.Array:
+        """(...,) of `log_prior`, what keeps targets from each other."""
+        row, col, *_ = parts_of(theta)
+        total = jnp.zeros_like(theta[-1])
+        for step in range(1, self.mask.shape[0]):  # each pair once, without a gather
+            both = self.mask[step:] & self.mask[:-step]
+            close = self._too_close(row[step:] - row[:-step], col[step:] - col[:-step], both)
+            total -= sum_leading(close**2) / 2
+        return total
 
     def log_squares(self, theta: jax.Array) -> jax.Array:
         """(...,) log of the number of squares on whole pixels that hold all targets."""
@@ -120,8 +139,10 @@ class WindowPrior:
         return jax.nn.logsumexp(jnp.stack(in_square), axis=0) - float(np.log(len(in_square)))
 
     def log_free_share(self) -> jax.Array:
-        """(...,) log probability that joint draws of all targets keep the separation."""
+        """(...,) log probability that joint draws of all targets keep their distance."""
         prior, number = self.known.prior, self.mask.sum(0)
+        if prior.spread is not None:
+            return clustered.log_share(number)
         if prior.cluster_size is None:
             share = jnp.minimum(np.pi * prior.separation**2 / self._area(), 0.5)
             return (number * (number - 1) // 2) * jnp.log1p(-share)
@@ -136,13 +157,21 @@ class WindowPrior:
         number = self.mask.sum(0)
         log_area = jnp.log(self._area())
         total = self.log_places(theta) + jax.lax.lgamma(number + jnp.ones((), theta.dtype))
-        if prior.cluster_size is None:
+        if prior.spread is not None:
+            some = jnp.maximum(number, 1).astype(theta.dtype)
+            near = clustered.log_scale(some, self.spread_width())
+            total = total + jnp.where(number > 0, near - log_area, 0)
+        elif prior.cluster_size is None:
             total = total - number * log_area
         else:
             total = total - jnp.where(number > 0, log_area, 0)
             total = total - 2 * number * jnp.log(jnp.asarray(prior.cluster_size, theta.dtype))
             total = total + self.log_squares(theta)
-        if prior.intensity is not None and not self.uniform:  # else `v` is uniform up to 1
+        if isinstance(prior.intensity, Alike):
+            total = total - number * _LOG_ROOT_2PI + jnp.log(prior.intensity.determinant(self.mask))
+            if self.uniform:
+                total = total - number * jnp.log(prior.intensity.log_std)
+        elif prior.intensity is not None and not self.uniform:  # else `v` is uniform up to 1
             total = total - number * _LOG_ROOT_2PI
         return total + prior.log_count(number, theta.dtype) - _LOG_ROOT_2PI
 
@@ -155,6 +184,17 @@ class WindowPrior:
             gradient += row * by_own
             diagonal += by_own**2
         information = spd.diagonal_matrix(diagonal)
+        alike = self._alike(theta)
+        if alike is not None:
+            cost.append(alike.cost)
+            gradient += theta_of(0 * alike.gradient, 0 * alike.gradient, alike.gradient, zero[-1])
+            information += spread(alike.information, 2, 2)
+        if self.known.prior.spread is not None:
+            near = self._clustered(theta)
+            cost.append(near.cost[None])
+            by_row, by_col = near.gradient
+            gradient += theta_of(by_row, by_col, 0 * by_row, zero[-1])
+            information += spread(near.information, 0, 0) + spread(near.information, 1, 1)
         if self.mask.shape[0] > 1:
             apart = tuple(place[:, None] - place[None] for place in parts_of(theta)[:2])
             too_close = partial(self._too_close, both=pairs_of(self.mask))
@@ -182,7 +222,12 @@ class WindowPrior:
         row, col, v, t = parts_of(theta)
         prior, mask = self.known.prior, self.mask
         off = v
-        if prior.intensity is None:
+        if isinstance(prior.intensity, Alike):
+            off = jnp.zeros_like(v)
+            if self.uniform:
+                least = prior.intensity.least_share(self.mask)
+                off = jnp.maximum(1 - v / least[None], 0) / self.softness
+        elif prior.intensity is None:
             off = jnp.maximum(-self.intensity(v), 0) / self._typical_std()
         elif self.uniform:
             off = jnp.maximum(jnp.maximum(-v, v - 1), 0) / self.softness
@@ -198,11 +243,39 @@ class WindowPrior:
         rows = [theta_of(border[0], border[1], jnp.where(mask, off, 0), t)]
         return [*rows, theta_of(square[0], square[1], 0 * v, 0 * t)] if square else rows
 
+    @property
+    def _shares(self) -> bool:
+        """Whether intensities are alike and told by their share of the scale."""
+        return self.uniform and isinstance(self.known.prior.intensity, Alike)
+
+    @property
+    def _each(self) -> jax.Array:
+        """(1, ...) the scale for each target, counts."""
+        return (self.scale / jnp.maximum(self.mask.sum(0), 1))[None]
+
+    def _alike(self, theta: jax.Array) -> PriorTerms | None:
+        """Of intensities (K, ...) that are alike; (K, K, ...) information."""
+        prior, mask = self.known.prior.intensity, self.mask
+        if not isinstance(prior, Alike):
+            return None
+        return prior.terms(parts_of(theta)[2], mask, shares=self.uniform)
+
+    def _clustered(self, theta: jax.Array) -> PriorTerms:
+        row, col, *_ = parts_of(theta)
+        return clustered.terms(row, col, self.mask, self.spread_width())
+
+    def spread_width(self) -> jax.Array:
+        """Scale of the places' spread, pixels."""
+        width = self.known.psf.width
+        return self.known.prior.spread * jnp.sqrt(width[0] * width[1])
+
     def _too_close(self, row: jax.Array, col: jax.Array, both: jax.Array) -> jax.Array:
         """Residuals of pairs so far apart."""
         apart2 = row**2 + col**2
         apart = jnp.where(apart2 > 0, jnp.sqrt(jnp.where(apart2 > 0, apart2, 1)), 0)
-        return self._wall(self.known.prior.separation - apart, both)
+        if self.known.prior.spread is None:
+            return self._wall(self.known.prior.separation - apart, both)
+        return jnp.where(both, clustered.too_close(apart, self.spread_width()), 0)
 
     def _room_rows(self, theta: jax.Array) -> jax.Array:
         """(2, ...) residuals of squares of unknown place that hold not all targets."""
@@ -235,7 +308,10 @@ class WindowPrior:
         if prior is None or self.uniform:
             return jnp.zeros_like(theta)
         v = parts_of(theta)[2]
-        curvature = jnp.where(self.mask, jnp.maximum(-v * prior.bend(v), 0), 0)
+        pull = v
+        if isinstance(prior, Alike):
+            pull = prior.whitened(prior.whitened(v, self.mask), self.mask)
+        curvature = jnp.where(self.mask, jnp.maximum(-pull * prior.bend(v), 0), 0)
         zero = jnp.zeros_like(curvature)
         return theta_of(zero, zero, curvature, jnp.zeros_like(theta[-1]))
 
