@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,14 @@ import numpy as np
 
 from dscsnet_jax.inference import spd
 from dscsnet_jax.inference.lanes import sum_leading
+from dscsnet_jax.inference.redraw import light_redrawn
 from dscsnet_jax.inference.scene_model import SceneModel
 from dscsnet_jax.inference.summary import numbered
 from dscsnet_jax.inference.theta import parts_of, theta_of
 
 # Shares of the moves, in the order of `propose`.
 _MOVES = (0.5, 0.12, 0.03, 0.2, 0.15)
+_LINEAR_MOVES = (0.4, 0.1, 0.02, 0.08, 0.1, 0.2, 0.1)
 _LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
 WALK = 0
 """The kind of the move of all parameters."""
@@ -39,9 +41,10 @@ class Shape(NamedTuple):
     inverse: jax.Array
 
 
-def kind_of(u: jax.Array) -> jax.Array:
+def kind_of(u: jax.Array, model: SceneModel) -> jax.Array:
     """Which move; chosen at random, so that any number of moves in turn is reversible."""
-    return (u >= jnp.asarray(np.cumsum(_MOVES)[:-1], u.dtype)).sum(dtype=jnp.int32)
+    shares = _LINEAR_MOVES if model.linear else _MOVES
+    return (u >= jnp.asarray(np.cumsum(shares)[:-1], u.dtype)).sum(dtype=jnp.int32)
 
 
 def propose(
@@ -102,7 +105,7 @@ def propose(
         swapped = jnp.where(picked, other, jnp.where(second, first, v))
         return theta.at[2:-1:3].set(swapped)
 
-    def apart(both: bool) -> jax.Array:
+    def apart(both: bool, turn: jax.Array = u[0]) -> jax.Array:
         first, second = (_one_of(u[size + i], mask) for i in (0, 1))
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
         own, other = ((energy * of).sum(0) for of in (first, second))
@@ -111,7 +114,7 @@ def propose(
         if both:
             share = jnp.where(first, other / total, 0) - jnp.where(second, own / total, 0)
         low, high = _LENGTHS
-        angle, length = 2 * np.pi * u[0], low * (high / low) ** u[size + 2]
+        angle, length = 2 * np.pi * turn, low * (high / low) ** u[size + 2]
         off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
         off = (off * length).reshape(-1, *off.shape[2:])
         return theta.at[:-1].add(off)
@@ -119,8 +122,16 @@ def propose(
     def symmetric(move: Callable[[], jax.Array]) -> tuple[jax.Array, jax.Array]:
         return move(), jnp.zeros_like(theta[-1])
 
+    def redrawn(both: bool) -> tuple[jax.Array, jax.Array]:
+        inside = u[: size // 3 + 1] + float(jnp.finfo(u.dtype).eps) / 4
+        white = 2**0.5 * jax.lax.erf_inv(2 * inside - 1)
+        return light_redrawn(theta, apart(both, u[size // 3 + 1]), model, white)
+
     others = rotate, exchange, partial(apart, False), partial(apart, True)
-    return jax.lax.switch(kind, [walk, *(partial(symmetric, move) for move in others)])
+    moves: list[Callable[[], Any]] = [walk, *(partial(symmetric, move) for move in others)]
+    if model.linear:
+        moves += [partial(redrawn, False), partial(redrawn, True)]
+    return jax.lax.switch(kind, moves)
 
 
 def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ class SceneModel(WindowPrior):
     def source(self, theta: jax.Array) -> jax.Array:
         """(N, M, ...) expected counts of the window's targets."""
         row, col, v, _ = parts_of(theta)
-        in_row, in_col = self._responses(row, col)
+        in_row, in_col = self.responses(row, col)
         in_col = in_col * jnp.where(self.mask, self.intensity(v), 0)
         slots = [(r, k) for r in range(len(in_row)) for k in range(self.mask.shape[0])]
         return sum_of(in_row[r, :, None, k] * in_col[r, None, :, k] for r, k in slots)
@@ -90,7 +90,7 @@ class SceneModel(WindowPrior):
     def _derivatives(self, theta: jax.Array) -> tuple[Shapes, PriorTerms]:
         """Those of the expected counts, and of the prior."""
         row, col, v, _ = parts_of(theta)
-        (in_row, in_col), (by_row, by_col) = (self._responses(row, col, order) for order in (0, 1))
+        (in_row, in_col), (by_row, by_col) = (self.responses(row, col, order) for order in (0, 1))
         energy = jnp.where(self.mask, self.intensity(v), 0)
         slope = jnp.where(self.mask, self.intensity_slope(v), 0)
         one = jnp.ones_like(theta[-1])
@@ -107,7 +107,7 @@ class SceneModel(WindowPrior):
         along_row = along(one * self.seen.background_std, *rows)
         return Shapes(along_row, along(one, in_col, by_col, in_col)), self.prior_terms(theta)
 
-    def _responses(
+    def responses(
         self, row: jax.Array, col: jax.Array, order: int = 0
     ) -> tuple[jax.Array, jax.Array]:
         """(R, N, K, ...) and (R, M, K, ...) responses along the axes, or their derivatives."""

@@ -140,7 +140,7 @@ def turn(
 
         def step(carry: tuple[_State, jax.Array], drawn: jax.Array) -> tuple[tuple, None]:
             state, taken = carry
-            kind = kind_of(drawn[0, 0, 0])
+            kind = kind_of(drawn[0, 0, 0], model)
             u = drawn[1:] + shift
             u = u - (u >= 1)
             length = jnp.exp(state.log_length)

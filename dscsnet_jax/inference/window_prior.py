@@ -244,6 +244,11 @@ class WindowPrior:
         return [*rows, theta_of(square[0], square[1], 0 * v, 0 * t)] if square else rows
 
     @property
+    def linear(self) -> bool:
+        """Whether intensities are linear in `theta` with one factor, that of all light."""
+        return self.known.prior.intensity is None or self._shares
+
+    @property
     def _shares(self) -> bool:
         """Whether intensities are alike and told by their share of the scale."""
         return self.uniform and isinstance(self.known.prior.intensity, Alike)
