@@ -116,7 +116,7 @@ def test_long_chains_have_the_true_posterior(data_dir, name):
 def test_chains_that_have_not_been_everywhere_do_not_agree():
     """Five targets in what noise 10 leaves of a pixel: not all windows' chains come around."""
     preset = get_preset("csist_float", read_noise=10.0, count_mean=5.0, count_std=0.0)
-    scene = simulate(preset, frame_keys(0, "val", np.arange(32)))
+    scene = simulate(preset, frame_keys(0, "val", np.arange(96)))
     seen = observe(scene.frames, Sensor(read_noise=10.0, background=0.0))
     known = Known(psf=Gaussian(np.float32(0.5)), prior=preset_prior(preset))
     answer = posterior(seen, scene.targets, known, 0)
