@@ -31,7 +31,8 @@ def light(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def light_preset(name: str, **changes: Any) -> scene.Preset:
         return whole(name, max_targets=2, **changes)
 
-    for module in (scene, dscsnet_jax):
+    # The package first: it keeps what it has loaded, which is then the room's own again.
+    for module in (dscsnet_jax, scene):
         monkeypatch.setattr(module, "get_preset", light_preset)
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
