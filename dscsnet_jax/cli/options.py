@@ -215,8 +215,9 @@ def _prior(args: argparse.Namespace, base: ScenePrior) -> ScenePrior:
     if not given:
         return base
     whole = {name: getattr(base, name) for name in (*names, "count", "places")}
-    # The place of the square goes with its size.
+    # The place of the square goes with its size; what is near by itself has neither.
     whole["cluster_offset"] = None if "cluster_size" in given else base.cluster_offset
+    whole["spread"] = None if given.keys() & {"separation", "cluster_size"} else base.spread
     return scene_prior(**whole | given)
 
 

@@ -83,8 +83,7 @@ def propose(
     mask, size = model.mask, theta.shape[0]
 
     def walk() -> tuple[jax.Array, jax.Array]:
-        inside = u[:size] + float(jnp.finfo(u.dtype).eps) / 4  # uniform numbers may be 0
-        new = 2**0.5 * jax.lax.erf_inv(2 * inside - 1)
+        new = _normal(u[:size])
         new = jnp.where(spd.diagonal(shape.root) > 0, new, 0)
         off = theta - shape.mean
         old, stays = spd.times(shape.inverse, off), jnp.sqrt(1 - length**2)
@@ -100,19 +99,17 @@ def propose(
 
     def exchange() -> jax.Array:
         v = theta[2:-1:3]
-        picked, second = (_one_of(u[size + i], mask) for i in (0, 1))
-        first, other = (jnp.where(p, v, 0).sum(0) for p in (picked, second))
-        swapped = jnp.where(picked, other, jnp.where(second, first, v))
+        one, other = (jnp.where(p, v, 0).sum(0) for p in (first, second))
+        swapped = jnp.where(first, other, jnp.where(second, one, v))
         return theta.at[2:-1:3].set(swapped)
 
-    def apart(both: bool, turn: jax.Array = u[0]) -> jax.Array:
-        first, second = (_one_of(u[size + i], mask) for i in (0, 1))
+    def centred() -> jax.Array:
         energy = jnp.where(mask, jnp.maximum(model.intensity(theta[2:-1:3]), 0), 0)
         own, other = ((energy * of).sum(0) for of in (first, second))
         total = jnp.where(own + other > 0, own + other, 1)
-        share = first.astype(theta.dtype)
-        if both:
-            share = jnp.where(first, other / total, 0) - jnp.where(second, own / total, 0)
+        return jnp.where(first, other / total, 0) - jnp.where(second, own / total, 0)
+
+    def apart(share: jax.Array, turn: jax.Array) -> jax.Array:
         low, high = _LENGTHS
         angle, length = 2 * np.pi * turn, low * (high / low) ** u[size + 2]
         off = share[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle), 0 * angle])[None]
@@ -122,16 +119,23 @@ def propose(
     def symmetric(move: Callable[[], jax.Array]) -> tuple[jax.Array, jax.Array]:
         return move(), jnp.zeros_like(theta[-1])
 
-    def redrawn(both: bool) -> tuple[jax.Array, jax.Array]:
-        inside = u[: size // 3 + 1] + float(jnp.finfo(u.dtype).eps) / 4
-        white = 2**0.5 * jax.lax.erf_inv(2 * inside - 1)
-        return light_redrawn(theta, apart(both, u[size // 3 + 1]), model, white)
+    def redrawn(share: jax.Array) -> tuple[jax.Array, jax.Array]:
+        number = size // 3 + 1  # of what is light
+        moved = apart(share, u[number])  # whatever the light, which is another on the way back
+        return light_redrawn(theta, moved, model, _normal(u[:number]))
 
-    others = rotate, exchange, partial(apart, False), partial(apart, True)
+    first, second = (_one_of(u[size + i], mask) for i in (0, 1))
+    one = first.astype(theta.dtype)
+    others = rotate, exchange, lambda: apart(one, u[0]), lambda: apart(centred(), u[0])
     moves: list[Callable[[], Any]] = [walk, *(partial(symmetric, move) for move in others)]
     if model.linear:
-        moves += [partial(redrawn, False), partial(redrawn, True)]
+        moves += [partial(redrawn, one), partial(redrawn, (one - second) / 2)]
     return jax.lax.switch(kind, moves)
+
+
+def _normal(u: jax.Array) -> jax.Array:
+    """Standard normal numbers of uniform ones, which may be 0."""
+    return 2**0.5 * jax.lax.erf_inv(2 * (u + float(jnp.finfo(u.dtype).eps) / 4) - 1)
 
 
 def _one_of(u: jax.Array, mask: jax.Array) -> jax.Array:

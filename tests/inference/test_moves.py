@@ -27,11 +27,11 @@ def shape_of(rng):
 
 
 @lanes_last
-def moved(shape, theta, length, u):
+def moved(shape, theta, length, u, kind=WALK):
     seen = observe(np.zeros((1, 3, 3)), Sensor(read_noise=1.0, background=0.0))
     seen = jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 0, -1)[..., None], seen)
     model = scene_model(seen, jnp.ones((2, 1, 1), bool), Known(psf=Gaussian(np.float64(0.5))))
-    return propose(theta, shape, jnp.asarray(length)[None], model, theta, WALK, u)
+    return propose(theta, shape, jnp.asarray(length)[None], model, theta, kind, u)
 
 
 @lanes_last
@@ -57,6 +57,23 @@ def test_all_parameters_of_a_gaussian_are_always_accepted_and_stay_so(x64, lengt
     error = (covariance - root @ root.T) / np.outer(std, std)
     assert np.abs(error).max() < 4.5 * np.sqrt(2 / LANES)
     np.testing.assert_array_less(np.abs(off.mean(1)), 4.5 * std / np.sqrt(LANES))
+
+
+@pytest.mark.parametrize("kind", [5, 6])
+def test_places_whose_light_is_redrawn_move_whatever_the_light(x64, kind):
+    """Or the way back would be another one."""
+    rng = np.random.default_rng(2)
+    shape = shape_of(rng)
+    theta = jnp.asarray(rng.uniform(0.5, 2, size=(SIZE, 1, LANES)))
+    u = jnp.asarray(rng.uniform(size=(SIZE + NUM_FURTHER, 1, LANES)))
+    new, _ = moved(shape, theta, np.full(1, 0.5), u, kind)
+    other, _ = moved(shape, theta.at[2].multiply(3.0), np.full(1, 0.5), u, kind)
+    places = np.array([0, 1, 3, 4])
+    np.testing.assert_allclose(new[places], other[places], rtol=1e-12)
+    off = np.asarray(new - theta)[places].reshape(2, 2, LANES)
+    assert (np.abs(off).max((0, 1)) > 0).mean() > 0.45
+    if kind == 6:  # two targets, as far from where they were
+        np.testing.assert_allclose(off[0], -off[1], atol=1e-12)
 
 
 def test_what_is_not_there_stays_where_it_is():
