@@ -61,7 +61,9 @@ def test_the_noise_of_each_pixel_weighs_it(clean: np.ndarray, estimate: str) -> 
 def test_a_sloped_pedestal_is_as_none(clean: np.ndarray) -> None:
     frames = noisy(clean, 1)
     slope = np.add.outer(np.linspace(0, 60, SIDE), np.linspace(-90, 0, SIDE))
-    known = dj.Known(0.5, dj.Sensor(read_noise=NOISE))
+    # Told the intensities: the level is learned beside, and counts are not left to a weak prior.
+    prior = dj.scene_prior(intensity=(50.0, 250.0))
+    known = dj.Known(0.5, dj.Sensor(read_noise=NOISE), prior)
     flat = dj.unmix(frames, known, estimate="map")
     told = dataclasses.replace(known, sensor=dj.Sensor(read_noise=NOISE, pedestal=slope))
     sloped = dj.unmix(frames + slope, told, estimate="map")
