@@ -27,6 +27,7 @@ _SENSOR = {
     "background": "background",
     "saturation": "saturation",
     "gain": "gain",
+    "misfit": "misfit",
 }
 _LEVEL = ("pedestal", "background")
 
@@ -147,6 +148,12 @@ def add_sensor(parser: argparse.ArgumentParser, *, fits: bool = True) -> None:
         help="full well of the sensor, counts, or inf; default: that of 8 or 16 bit images",
     )
     parser.add_argument("--gain", type=length, help="electrons per count of the shot noise")
+    parser.add_argument(
+        "--misfit",
+        type=counts,
+        help="error of a pixel's light from targets, by that light: of a PSF that is not quite "
+        "right, 0.1 for a tenth; default: none",
+    )
 
 
 def known_presets() -> dict[str, Preset]:
@@ -334,6 +341,7 @@ _FIXED: dict[str, Callable[[str], Any]] = {
     "background": number,
     "saturation": full_well,
     "gain": length,
+    "misfit": counts,
     "intensity": counts,
     "separation": counts,
     "cluster_size": length,

@@ -18,6 +18,7 @@ from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.io.catalog import Catalog, as_arrow, as_astropy, from_targets
 from dscsnet_jax.maps.network import root_mean_square
+from dscsnet_jax.physics.preset import LightNoise
 from dscsnet_jax.physics.targets import Targets
 
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
@@ -271,10 +272,13 @@ def _chi_square(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B,) chi square per pixel, and its standard deviation if the noise is all there is."""
     used, left = _left(seen, source)
-    photons = np.maximum(seen.background + source, 0)
-    shot = 0.0 if known.effective_gain is None else photons / known.effective_gain
+    noise, variance = known.light_noise or LightNoise(), seen.noise**2
+    if noise.gain is not None:
+        variance = variance + np.maximum(seen.background + source, 0) / noise.gain
+    if noise.misfit is not None:
+        variance = variance + (noise.misfit * np.maximum(source, 0)) ** 2
     number = np.maximum(used.sum((1, 2)), 1)
-    total = (left**2 / (seen.noise**2 + shot)).sum((1, 2), where=used)
+    total = (left**2 / variance).sum((1, 2), where=used)
     return total / number, np.sqrt(2 / number)
 
 

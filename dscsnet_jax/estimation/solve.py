@@ -35,6 +35,7 @@ from dscsnet_jax.inference.search import Selected
 from dscsnet_jax.inference.summary import Posterior
 from dscsnet_jax.inference.turn import NUM_TURNS, turn
 from dscsnet_jax.maps.detect import peaks_of
+from dscsnet_jax.physics.preset import LightNoise
 from dscsnet_jax.physics.targets import Targets
 
 _SEARCHES = 3  # for targets that the start had missed, and for room
@@ -385,8 +386,8 @@ def _turn(
 
 
 @jax.jit
-def _remeasure(given: tuple[Observation, Any, Any], gain: Any) -> Observation:
-    return observing.remeasured(*given, gain)
+def _remeasure(given: tuple[Observation, Any, Any], noise: LightNoise) -> Observation:
+    return observing.remeasured(*given, *noise)
 
 
 def remeasured(observation: Observation, targets: Flat, known: Known) -> Observation:
@@ -394,7 +395,8 @@ def remeasured(observation: Observation, targets: Flat, known: Known) -> Observa
     source = windows.light_of(targets, known.psf, observation.counts)
     number = np.bincount(targets.frame, minlength=len(source)).astype(source.dtype)
     size = frames_per_block(source.shape[1:])
-    return in_blocks(_remeasure, (observation, source, number), known.effective_gain, size=size)
+    noise = known.light_noise or LightNoise()
+    return in_blocks(_remeasure, (observation, source, number), noise, size=size)
 
 
 def _missed(observation: Observation, targets: Flat, known: Known) -> Flat:

@@ -140,8 +140,8 @@ def psf_information(best: Fit, observation: Observation, known: Known) -> jax.Ar
             jax.jacfwd(expected, i)(theta, free.values).reshape(seen.counts.size, -1)
             for i in (0, 1)
         )
-        source, gain = model.source(theta), known.effective_gain
-        given = pixels.likelihoods(seen, gain, model.censors, source, theta[-1])
+        source, noise = model.source(theta), known.light_noise
+        given = pixels.likelihoods(seen, noise, model.censors, source, theta[-1])
         weighted = by_psf * given.information.reshape(-1, 1)
         unit, scale = scaled(model.quadratic(theta).information, present_of(mask))
         with jax.default_matmul_precision("highest"):
@@ -183,7 +183,7 @@ def _log_determinant(theta: jax.Array, information: jax.Array, model: SceneModel
     targets = model.unpack(theta)
     intensity = jnp.maximum(targets.intensity, 0)
     dark = dataclasses.replace(pixels.typical(seen), neighbours=seen.neighbours.min((0, 1)))
-    noise = jnp.sqrt(pixels.variance(dark, model.known.effective_gain, intensity)[0])
+    noise = jnp.sqrt(pixels.variance(dark, model.known.light_noise, intensity)[0])
     bend = _QUARTIC * intensity / (width**3 * noise) * _blended(targets, width)
     place = (whole - apart) * share + spd.diagonal_matrix(apart + bend)
     zero = jnp.zeros_like(bend)

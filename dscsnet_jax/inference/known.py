@@ -14,7 +14,7 @@ from dscsnet_jax.inference import known_file
 from dscsnet_jax.inference.alike import AnyIntensity
 from dscsnet_jax.inference.prior import Poisson, ScenePrior, preset_prior, weak_prior
 from dscsnet_jax.io.plain import read_plain, write_plain
-from dscsnet_jax.physics.preset import Preset, Sensor
+from dscsnet_jax.physics.preset import LightNoise, Preset, Sensor
 from dscsnet_jax.physics.psf import as_psf, require, with_both_widths
 from dscsnet_jax.physics.sensor import PER_PIXEL, checked
 
@@ -42,6 +42,11 @@ class Known:
     def effective_gain(self) -> Any:
         """`Sensor.effective_gain`: counts of light by their variance; None: no shot noise."""
         return self.sensor.effective_gain
+
+    @property
+    def light_noise(self) -> LightNoise | None:
+        """`Sensor.light_noise`: what the light of targets adds to the noise."""
+        return self.sensor.light_noise
 
     def checked(self, shape: tuple[int, int, int] | None = None) -> Known:
         """Itself, if it can be.
@@ -83,8 +88,8 @@ class Known:
             prior = dataclasses.replace(prior, intensity=None)
         psf = with_both_widths(as_psf(self.psf))
         psf = jax.tree.map(lambda a: np.asarray(a, np.float32), psf)
-        gain = self.effective_gain
-        return Known(psf, Sensor(gain=None if gain is None else np.float32(gain)), prior)
+        noise = jax.tree.map(np.float32, self.light_noise or LightNoise())
+        return Known(psf, Sensor(gain=noise.gain, misfit=noise.misfit), prior)
 
     def with_weak_prior(self) -> Known:
         """The same; where no intensities are told, with what is assumed then (`weak_prior`)."""

@@ -144,6 +144,7 @@ SENSOR_UNITS = {
     "saturation": _COUNT,
     "quantised": "",
     "bad_pixels": "",
+    "misfit": "",
 }
 PRIOR_UNITS = {
     "separation": _PIXEL,

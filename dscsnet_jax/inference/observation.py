@@ -145,7 +145,11 @@ def observe(
 
 
 def remeasured(
-    seen: Observation, source: jax.Array, num_targets: jax.Array, gain: ArrayLike | None = None
+    seen: Observation,
+    source: jax.Array,
+    num_targets: jax.Array,
+    gain: ArrayLike | None = None,
+    misfit: ArrayLike | None = None,
 ) -> Observation:
     """Noise and level measured once more, with all targets subtracted; what is told stays.
 
@@ -157,6 +161,8 @@ def remeasured(
       source: (B, N, M) expected counts of the targets.
       num_targets: (B,) how many there are.
       gain: effective gain of the shot noise, `Sensor.effective_gain`; None: none.
+      misfit: of the light of targets, `Sensor.misfit`; where it is more than the noise, pixels
+        are not used; None: none.
 
     Returns:
       The `Observation` with another noise and, where the background was estimated, another
@@ -176,6 +182,9 @@ def remeasured(
     first = observe(left, valid=used)
     off = jnp.abs(left - first.background)
     near = used & (off <= _CLIP_AGAIN * first.noise)
+    if misfit is not None:
+        off_by = _of_pixels(misfit, like=left) * jnp.maximum(seen.neighbours + source, 0)
+        near = near & (off_by <= first.noise)
     number = _number(near).astype(dtype)
     freedom = jnp.maximum(number - 1 - 3 * num_targets, number / 2)
     level = jnp.where(near, left, 0).sum((1, 2)) / number
@@ -188,6 +197,8 @@ def remeasured(
         light = background + seen.neighbours + source
         sky_noise = jnp.maximum(background, 0) / electrons
         shot = _mean(jnp.maximum(light, 0), near)[:, None, None] / electrons
+    if misfit is not None:
+        shot = shot + _mean(off_by**2, near)[:, None, None]
     recorded = (seen.counts == jnp.round(seen.counts)) | seen.saturated
     whole = recorded.all((1, 2), keepdims=True)
     least = jnp.maximum(_LEAST_OF_FIRST * seen.noise, jnp.where(whole, ROUNDING, 0).astype(dtype))

@@ -1,9 +1,12 @@
 """Pixels: the likelihood of recorded counts, given what targets are expected to bring.
 
-With `mu` the expected counts and `var = noise^2 + max(photons, 0) / gain` a pixel's log
-likelihood is `-(y - mu)^2 / (2 var) - 1/2 log var`, and `log Phi((mu - y) / sd)` where it is
-saturated. Arrays are (N, M, ...), variances in those of a pixel without targets; `log_scale` is
-the rest.
+With `mu` the expected counts and
+
+    var = noise^2 + max(photons, 0) / gain + (misfit max(light, 0))^2,
+
+where `light` is what is above the level that is known, a pixel's log likelihood is
+`-(y - mu)^2 / (2 var) - 1/2 log var`, and `log Phi((mu - y) / sd)` where it is saturated.
+Arrays are (N, M, ...), variances in those of a pixel without targets; `log_scale` is the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from dscsnet_jax.inference.lanes import sum_leading
 from dscsnet_jax.inference.normal import inverse_mills, log_ndtr
 from dscsnet_jax.inference.observation import Observation
+from dscsnet_jax.physics.preset import LightNoise
 
 
 class Pixels(NamedTuple):
@@ -59,21 +63,32 @@ def all_counts(seen: Observation, gain: Any) -> jax.Array:
 
 
 def variance(
-    seen: Observation, gain: Any, source: jax.Array, t: jax.Array | float = 0.0
+    seen: Observation,
+    noise: LightNoise | None,
+    source: jax.Array,
+    t: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, Any]:
     """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`.
 
     Args:
       seen: the pixels.
-      gain: effective gain, `Sensor.effective_gain`; None: no shot noise.
+      noise: what the light adds, `Sensor.light_noise`; None: nothing.
       source: (N, M, ...) expected counts of the targets.
       t: (...,) error of the level, in its standard deviations.
     """
-    if gain is None:
-        return jnp.broadcast_to(seen.noise**2, source.shape), 0.0
-    photons = seen.background + seen.background_std * t + seen.neighbours + source
-    slope = jnp.where(photons > 0, 1 / jnp.asarray(gain, source.dtype), 0)
-    return seen.noise**2 + photons * slope, slope
+    var = jnp.broadcast_to(seen.noise**2, source.shape)
+    if noise is None:
+        return var, 0.0
+    slope, light = jnp.zeros((), source.dtype), seen.background_std * t + seen.neighbours + source
+    if noise.gain is not None:
+        photons = seen.background + light
+        slope = jnp.where(photons > 0, 1 / jnp.asarray(noise.gain, source.dtype), 0)
+        var = seen.noise**2 + photons * slope
+    if noise.misfit is not None:
+        light = jnp.maximum(light, 0)
+        square = jnp.asarray(noise.misfit, source.dtype) ** 2
+        var, slope = var + square * light**2, slope + 2 * square * light
+    return var, slope
 
 
 def log_scale(seen: Observation, gain: Any) -> jax.Array:
@@ -85,15 +100,19 @@ def log_scale(seen: Observation, gain: Any) -> jax.Array:
 
 
 def log_likelihood(
-    seen: Observation, gain: Any, censors: jax.Array, source: jax.Array, t: jax.Array
+    seen: Observation,
+    noise: LightNoise | None,
+    censors: jax.Array,
+    source: jax.Array,
+    t: jax.Array,
 ) -> jax.Array:
     """(...,) sum of `likelihoods(...).value`; arguments as there."""
 
     def total(censors: bool) -> jax.Array:
-        residual, var = _misfit(seen, gain, source, t)
+        residual, var = _residuals(seen, noise, source, t)
         censored = log_ndtr(-residual) if censors else jnp.zeros_like(residual)
         return sum_leading(
-            sum_leading(_chosen(seen, censored, _gaussian(seen, gain, residual, var)))
+            sum_leading(_chosen(seen, censored, _gaussian(seen, noise, residual, var)))
         )
 
     # All of it in each branch: what crosses the border of one is written to memory.
@@ -101,20 +120,24 @@ def log_likelihood(
 
 
 def likelihoods(
-    seen: Observation, gain: Any, censors: jax.Array, source: jax.Array, t: jax.Array
+    seen: Observation,
+    noise: LightNoise | None,
+    censors: jax.Array,
+    source: jax.Array,
+    t: jax.Array,
 ) -> Pixels:
     """Log likelihoods of the pixels with derivative and information; arguments as of `variance`.
 
     `censors` tells whether any pixel of the batch is saturated.
     """
-    residual, var = _misfit(seen, gain, source, t)
-    slope, sd = variance(seen, gain, source, t)[1], jnp.sqrt(var)
+    residual, var = _residuals(seen, noise, source, t)
+    slope, sd = variance(seen, noise, source, t)[1], jnp.sqrt(var)
     tail = jax.lax.cond(censors, log_ndtr, jnp.zeros_like, -residual)
 
     def told(censors: bool) -> Pixels:
         by_mu = residual / sd + (residual**2 - 1) * slope / var / 2
         information = 1 / var + (slope / var) ** 2 / 2
-        value, zero = _gaussian(seen, gain, residual, var), jnp.zeros_like(residual)
+        value, zero = _gaussian(seen, noise, residual, var), jnp.zeros_like(residual)
         if not censors:
             return Pixels(*(_chosen(seen, zero, a) for a in (value, by_mu, information)))
         mills, excess = inverse_mills(residual, tail)
@@ -128,20 +151,24 @@ def likelihoods(
     return jax.lax.cond(censors, partial(told, True), partial(told, False))
 
 
-def _misfit(
-    seen: Observation, gain: Any, source: jax.Array, t: jax.Array
+def _residuals(
+    seen: Observation, noise: LightNoise | None, source: jax.Array, t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Residuals in standard deviations, and the variances."""
-    var, _ = variance(seen, gain, source, t)
+    var, _ = variance(seen, noise, source, t)
     expected = seen.neighbours + source + (seen.level + seen.background_std * t)
     # One root for all pixels where they share a variance.
-    return (seen.counts - expected) / (seen.noise if gain is None else jnp.sqrt(var)), var
+    return (seen.counts - expected) / (seen.noise if noise is None else jnp.sqrt(var)), var
 
 
-def _gaussian(seen: Observation, gain: Any, residual: jax.Array, var: jax.Array) -> jax.Array:
+def _gaussian(
+    seen: Observation, noise: LightNoise | None, residual: jax.Array, var: jax.Array
+) -> jax.Array:
     """Log likelihood of pixels that are not saturated."""
     value = -(residual**2) / 2
-    return value if gain is None else value - jnp.log(var / pixel_std(seen, gain) ** 2) / 2
+    if noise is None:
+        return value
+    return value - jnp.log(var / pixel_std(seen, noise.gain) ** 2) / 2
 
 
 def _chosen(seen: Observation, saturated: jax.Array, otherwise: jax.Array) -> jax.Array:

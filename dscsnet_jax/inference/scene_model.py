@@ -7,11 +7,10 @@ The parameters of a window with K slots are the vector
 intensities `I_k = Q(Phi(v_k))` through the quantile function `Q` of their density (without
 one, `I_k = scale v_k`), and a pixel without targets expects `pedestal + background + std t`. With
 
-    mu = level + neighbours + sum_k I_k h(row_k, col_k),   var = noise^2 + max(photons, 0) / gain
+    mu = level + neighbours + sum_k I_k h(row_k, col_k)
 
-a pixel's log likelihood is `-(y - mu)^2 / (2 var) - 1/2 log var`, and `log Phi((mu - y) / sd)`
-where it is saturated. Arrays have their structure in front (parameters, rows, cols) and any
-further axes behind: none for one window, chains and windows for the sampler.
+a pixel's log likelihood is that of `pixels`. Arrays have their structure in front (parameters,
+rows, cols) and any further axes behind: none for one window, chains and windows for the sampler.
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ class SceneModel(WindowPrior):
 
     def log_likelihood(self, theta: jax.Array) -> jax.Array:
         """(...,) log likelihood of the pixels, without `-1/2 log 2 pi` each."""
-        given = self.seen, self.known.effective_gain
-        total = pixels.log_likelihood(*given, self.censors, self.source(theta), theta[-1])
-        return total + pixels.log_scale(*given)
+        source = self.source(theta)
+        given = self.seen, self.known.light_noise, self.censors, source, theta[-1]
+        return pixels.log_likelihood(*given) + self._log_scale
 
     def source(self, theta: jax.Array) -> jax.Array:
         """(N, M, ...) expected counts of the window's targets."""
@@ -70,22 +69,27 @@ class SceneModel(WindowPrior):
 
     def variance(self, source: jax.Array, t: jax.Array | float = 0.0) -> tuple[jax.Array, Any]:
         """(N, M, ...) variance of the pixels, counts squared, and its derivative by `mu`."""
-        return pixels.variance(self.seen, self.known.effective_gain, source, t)
+        return pixels.variance(self.seen, self.known.light_noise, source, t)
 
     @jax.jit  # programs ask for it in many places: it is traced once
     def quadratic(self, theta: jax.Array) -> Quadratic:
         """Cost, gradient and information at `theta`."""
-        given = self.seen, self.known.effective_gain
-        seen = pixels.likelihoods(*given, self.censors, self.source(theta), theta[-1])
+        source = self.source(theta)
+        given = self.seen, self.known.light_noise, self.censors, source, theta[-1]
+        seen = pixels.likelihoods(*given)
         shapes, prior = materialised(self.censors, self._derivatives, theta)
         gradient, information = shapes.products(seen.slope, seen.information)
         terms = jnp.concatenate([-flat_image(seen.value), prior.cost])
         return Quadratic(
-            terms.sum(0) - pixels.log_scale(*given),
+            terms.sum(0) - self._log_scale,
             prior.gradient - gradient,
             information + prior.information,
             terms,
         )
+
+    @property
+    def _log_scale(self) -> jax.Array:
+        return pixels.log_scale(self.seen, self.known.effective_gain)
 
     def _derivatives(self, theta: jax.Array) -> tuple[Shapes, PriorTerms]:
         """Those of the expected counts, and of the prior."""

@@ -58,7 +58,7 @@ def detect(
 
     def one(seen: Observation) -> Targets:
         residual = jnp.where(seen.valid, seen.counts - seen.neighbours - seen.level, 0)
-        spread = variance(seen, known.effective_gain, jnp.zeros_like(seen.counts))[0]
+        spread = variance(seen, known.light_noise, jnp.zeros_like(seen.counts))[0]
         weight = jnp.where(seen.valid, 1 / spread, 0)
         energy, ratio = matched_filter(residual, weight, known.psf)
         highest = _largest_nearby(ratio)

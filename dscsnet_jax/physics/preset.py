@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from dscsnet_jax.inference.known import Known
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 _DARK: dict[str, Any] = {"read_noise": 0.0, "pedestal": 0.0, "background": 0.0}
+
+
+class LightNoise(NamedTuple):
+    """Noise that grows with the light.
+
+    Attributes:
+      gain: counts of light by their variance, `Sensor.effective_gain`; None: no shot noise.
+      misfit: as of `Sensor`.
+    """
+
+    gain: Any = None
+    misfit: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +43,9 @@ class Sensor:
         the frames' type.
       quantised: counts are rounded to whole ones; None: where all of a frame's are whole.
       bad_pixels: (N, M) bool, pixels to be left out.
+      misfit: standard deviation of a pixel's light from targets, by what is expected of it: of
+        a PSF that is not quite the true one, and of pixels that respond not quite alike (PRNU);
+        None: none.
 
     Example:
       >>> Sensor(read_noise=2.0, gain=4.0).effective_gain
@@ -45,11 +60,18 @@ class Sensor:
     saturation: Any = None
     quantised: bool | None = dataclasses.field(default=None, metadata={"static": True})
     bad_pixels: Any = None
+    misfit: Any = None
 
     @property
     def effective_gain(self) -> Any:
         """Counts of light by their variance, 1 / counts; None: no shot noise."""
         return None if self.gain is None else self.gain / self.excess_noise
+
+    @property
+    def light_noise(self) -> LightNoise | None:
+        """Noise that grows with the light of targets; None: none does."""
+        noise = LightNoise(self.effective_gain, self.misfit)
+        return None if noise == (None, None) else noise
 
 
 def digital(bits: int, **fields: Any) -> Sensor:

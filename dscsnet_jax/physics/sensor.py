@@ -51,6 +51,7 @@ def checked(sensor: Sensor, shape: tuple[int, int, int] | None = None) -> Sensor
     for name, unit, least, most in (
         ("gain", "finite electrons per count above 0", np.nextafter(0, 1), np.inf),
         ("excess_noise", "a finite factor of at least 1", 1, np.inf),
+        ("misfit", "a finite number of at least 0", 0, np.inf),
         ("saturation", "counts above 0 (inf: none)", np.nextafter(0, 1), np.nan),
     ):
         value = getattr(sensor, name)
@@ -94,7 +95,8 @@ def _check_shape(name: str, array: np.ndarray, shape: tuple[int, int, int] | Non
 def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
     """Record a frame: `clip(round(P(expected + background) + pedestal + read_noise * n))`.
 
-    Rounding and the clip below, at 0, apply to quantised sensors only; the clip above, at the
+    Of what is expected of the targets each pixel gets `1 + misfit * n` times as much. Rounding and
+    the clip below, at 0, apply to quantised sensors only; the clip above, at the
     saturation, where there is one. Multiplied electrons follow a gamma distribution, as at the
     end of an electron-multiplying register.
 
@@ -121,6 +123,9 @@ def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
     y = jnp.asarray(expected)
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"expected counts must be floating point, got {y.dtype}")
+    if not _is_none(sensor.misfit):
+        off = jax.random.normal(jax.random.fold_in(read_key, 1), y.shape, y.dtype)
+        y = jnp.maximum(y * (1 + _of(sensor.misfit, y) * off), 0)
     if not _is_none(sensor.background):
         y = y + _of(sensor.background, y)
     if sensor.gain is not None:
@@ -138,7 +143,7 @@ def expose(sensor: Sensor, key: jax.Array, expected: jax.Array) -> jax.Array:
 
 
 def variance(sensor: Sensor, expected: jax.Array) -> jax.Array:
-    """Variance of a recorded, unsaturated pixel: read + shot + quantisation (1/12).
+    """Variance of a recorded, unsaturated pixel: read + shot + misfit + quantisation (1/12).
 
     Args:
       sensor: the `Sensor`.
@@ -156,6 +161,8 @@ def variance(sensor: Sensor, expected: jax.Array) -> jax.Array:
     if sensor.effective_gain is not None:
         light = expected + _of(sensor.background, expected)
         total = total + light / _of(sensor.effective_gain, expected)
+    if not _is_none(sensor.misfit):
+        total = total + (_of(sensor.misfit, expected) * expected) ** 2
     return total + _QUANTISATION_VARIANCE if sensor.quantised else total
 
 

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("cache")
 def file(tmp_path: Path) -> Path:
     """What is known of some sensor."""
     path = tmp_path / "sensor.json"
-    sensor = Sensor(read_noise=2.0, pedestal=10.0, background=3.0, gain=4.0, saturation=4095.0)
+    sensor = Sensor(
+        read_noise=2.0, pedestal=10.0, background=3.0, gain=4.0, saturation=4095.0, misfit=0.1
+    )
     Known(0.48, sensor, scene_prior(intensity=(50, 250), separation=0.3)).to_json(path)
     return path
 
@@ -130,7 +132,7 @@ def test_what_else_is_told_comes_before_the_file(
         ["--separation=0.5"],
         ["--prior=csist"],
         ["--prior=csist", "--intensity", "1", "9"],
-        ["--saturation=inf", "--gain=2"],
+        ["--saturation=inf", "--gain=2", "--misfit=0.2"],
     ]
     for extra in more:
         assert main([*argv, *extra]) == 0
@@ -147,7 +149,9 @@ def test_what_else_is_told_comes_before_the_file(
     assert prior == told.replace(prior=csist)
     assert both.prior.intensity.range == (1, 9)
     assert (both.prior.cluster_offset, both.prior.count) == (csist.cluster_offset, csist.count)
-    assert sensor.sensor == dataclasses.replace(told.sensor, saturation=np.inf, gain=2.0)
+    assert sensor.sensor == dataclasses.replace(
+        told.sensor, saturation=np.inf, gain=2.0, misfit=0.2
+    )
     assert preset == presets()["csist_noise"].known
 
 

@@ -25,6 +25,7 @@ from dscsnet_jax.physics import scene
 from dscsnet_jax.physics.optics import render, sensing_operator
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf_gaussians import Moffat
+from dscsnet_jax.physics.sensor import expose
 from dscsnet_jax.physics.targets import Targets, from_lists, to_lists
 
 pytestmark = pytest.mark.slow
@@ -395,6 +396,21 @@ def test_row21_another_psf() -> None:
     assert answer.targets.count.tolist() == [2]
     np.testing.assert_allclose(answer.targets.position[0, :2], [[5, 4.7], [5.2, 6.6]], atol=0.05)
     assert in_map(np.zeros((11, 11)), psf=0.7, method="greedy").start.tolist() == ["detection"]
+
+
+def test_light_that_is_not_quite_the_model_s_makes_no_targets() -> None:
+    """Told of the misfit, a bright star is one target, as uncertain as the misfit lets it be."""
+    table = [[(5.1 + 0.01 * i, 4.8, 2000.0)] for i in range(48)]
+    sensor = Sensor(read_noise=1.0, background=0.0, misfit=0.1)
+    frames = expose(sensor, jax.random.key(0), frames_of(table))
+    untold = dataclasses.replace(sensor, misfit=None)
+    shattered, whole = (in_map(frames, Known(0.5, s)) for s in (untold, sensor))
+    assert (np.asarray(shattered.targets.count) > 1).mean() > 0.7
+    assert (np.asarray(whole.targets.count) == 1).mean() > 0.9
+    np.testing.assert_allclose(np.median(whole.chi_square), 1, atol=0.1)
+    off = np.asarray(whole.targets.position)[:, 0] - np.array(table)[:, 0, :2]
+    pull = (off / whole.std[:, 0, :2])[np.asarray(whole.targets.count) == 1]
+    assert 0.75 < np.sqrt((pull**2).mean()) < 1.3
 
 
 def test_row33_ragged_batches_score_every_frame(csist: tuple[Targets, np.ndarray]) -> None:

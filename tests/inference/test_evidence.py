@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,25 @@ quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level":
 
 SIDE, SIGMA, TOP = 7, 0.5, 100.0
 SEPARATION, SIZE = 0.5, 2.0
+
+
+class Law(NamedTuple):
+    """Of a pixel."""
+
+    noise: float = 1.0
+    background: float = 0.0
+    gain: float | None = None
+    saturation: float = np.inf
+    misfit: float | None = None
+
+
 SENSORS = {
-    "gaussian": (1.0, 0.0, None, np.inf),  # noise, photon background, gain, saturation / top
-    "saturation": (1.0, 0.0, None, 0.2),
-    "gain_1": (1.0, 0.0, 1.0, np.inf),
-    "gain_0.2": (1.0, 0.0, 0.2, np.inf),
-    "photons": (1.0, 10.0, 2.0, np.inf),
+    "gaussian": Law(),
+    "saturation": Law(saturation=0.2),  # of the brightest target's counts
+    "gain_1": Law(gain=1.0),
+    "gain_0.2": Law(gain=0.2),
+    "photons": Law(background=10.0, gain=2.0),
+    "misfit": Law(misfit=0.15),
 }
 PEDESTAL = 3.0
 PRIORS = {
@@ -64,13 +78,15 @@ def response(place):
 
 
 def variance(source, sensor):
-    noise, background, gain, _ = sensor
-    return noise**2 + (0 * source if gain is None else np.maximum(background + source, 0) / gain)
+    total = sensor.noise**2 + ((sensor.misfit or 0) * source) ** 2
+    if sensor.gain is not None:
+        total = total + np.maximum(sensor.background + source, 0) / sensor.gain
+    return total
 
 
 def log_likelihood(y, source, sensor):
-    saturation = sensor[3]
-    mu, var = PEDESTAL + sensor[1] + source, variance(source, sensor)
+    saturation = sensor.saturation
+    mu, var = PEDESTAL + sensor.background + source, variance(source, sensor)
     value = -((y - mu) ** 2 / var + np.log(var)) / 2
     if (y >= saturation).any():
         censored = log_ndtr((mu - saturation) / np.sqrt(var))
@@ -81,7 +97,7 @@ def log_likelihood(y, source, sensor):
 def record(scene, sensor, rng):
     source = sum(i * np.outer(response(r), response(c)) for r, c, i in scene)
     noise = np.sqrt(variance(source, sensor)) * rng.standard_normal(source.shape)
-    return np.minimum(PEDESTAL + sensor[1] + source + noise, sensor[3])
+    return np.minimum(PEDESTAL + sensor.background + source + noise, sensor.saturation)
 
 
 def squares(low, high, size=SIZE):
@@ -118,10 +134,10 @@ def most(y, sensor, kind, top):
 
     Where pixels saturate the counts of a window are no bound, and the density goes on.
     """
-    above = np.maximum(y - PEDESTAL - sensor[1], 0).sum()
+    above = np.maximum(y - PEDESTAL - sensor.background, 0).sum()
     if kind != "none":
         return 1 / top, top
-    return 1 / above, np.inf if (y >= sensor[3]).any() else above
+    return 1 / above, np.inf if (y >= sensor.saturation).any() else above
 
 
 def logarithm(value):
@@ -198,22 +214,23 @@ def answers(frames, scenes, sensor, prior, **changes):
 
     No gain is told as a large one for some priors: fewer programs are compiled.
     """
-    noise, background, gain, saturation = sensor
-    gain = 1e12 if gain is None and prior.intensity is not None else gain
+    told, gain = sensor.misfit is None and prior.intensity is not None, sensor.gain
+    gain = 1e12 if gain is None and told else gain
     seen = observe(
         np.concatenate([frames, frames]),
         Sensor(
-            read_noise=noise,
+            read_noise=sensor.noise,
             pedestal=PEDESTAL,
-            background=background,
+            background=sensor.background,
             gain=gain,
-            saturation=saturation,
+            saturation=sensor.saturation,
         ),
     )
     seen = dataclasses.replace(
         seen, **{name: jnp.full(2 * len(frames), value, float) for name, value in changes.items()}
     )
-    known = Known(psf=Gaussian(SIGMA), sensor=Sensor(gain=gain), prior=prior)
+    law = Sensor(gain=gain, misfit=sensor.misfit)
+    known = Known(psf=Gaussian(SIGMA), sensor=law, prior=prior)
     known = jax.tree.map(lambda a: jnp.asarray(a, float), known)
     start = from_lists([*scenes, *([[]] * len(frames))], 2)
     best, evidence = solve(seen, start, known)
@@ -225,7 +242,7 @@ def answers(frames, scenes, sensor, prior, **changes):
 @pytest.mark.parametrize(("name", "kind"), list(itertools.product(SENSORS, PRIORS)))
 def test_is_that_of_brute_force(name, kind):
     rng = np.random.default_rng(5)
-    sensor = (*SENSORS[name][:3], SENSORS[name][3] * TOP)
+    sensor = SENSORS[name]._replace(saturation=SENSORS[name].saturation * TOP)
     frames = np.array([record([target], sensor, rng) for target in ALONE])
     best, some, none = answers(frames, [[target] for target in ALONE], sensor, PRIORS[kind])
     empty = log_likelihood(frames, np.zeros_like(frames), sensor)
@@ -242,7 +259,7 @@ def test_is_that_of_brute_force(name, kind):
         assert value - exact > -limit or largest > 0.3, (name, kind, truth, value - exact)
 
     top = 4 * TOP
-    sensor = (*SENSORS[name][:3], SENSORS[name][3] * top)
+    sensor = SENSORS[name]._replace(saturation=SENSORS[name].saturation * top)
     scenes = PAIRS * 2
     frames = np.array([record(scene, sensor, rng) for scene in scenes])
     prior = PRIORS[kind]
@@ -398,7 +415,7 @@ NUMBERS = {
 def clusters():
     """Frames of two and one targets, and starts."""
     rng = np.random.default_rng(6)
-    sensor = (1.3, 2.0, 2.0, np.inf)
+    sensor = Law(1.3, 2.0, 2.0)
     scenes = [*PAIRS, [(3.1, 3.0, 150.0)]]
     frames = np.array([record(scene, sensor, rng) for scene in scenes])
     return frames, from_lists(scenes, 2)

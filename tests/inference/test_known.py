@@ -36,6 +36,7 @@ PSFS = {
 SENSORS = {
     "none": Sensor(),
     "numbers": Sensor(2.0, -3.5, 8.0, 0.7, 1.4, 4095.0, True),
+    "misfit": Sensor(read_noise=2.0, misfit=0.05),
     "endless": Sensor(np.float32(0.1), saturation=np.inf, quantised=False),
     "maps": Sensor(
         read_noise=RNG.uniform(1, 2, (9, 11)).astype("f4"),
@@ -169,6 +170,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sensor": {"read_noise": -1}}, "read_noise must be finite counts of at least 0, got -1"),
     ({"sensor": {"read_noise": "inf"}}, "read_noise must be finite counts"),
     ({"sensor": {"saturation": 0}}, "saturation must be counts above 0"),
+    ({"sensor": {"misfit": -0.1}}, "misfit must be a finite number of at least 0, got -0.1"),
+    ({"sensor": {"misfit": [0.1, 0.2]}}, "misfit must be one number"),
     ({"sensor": {"excess_noise": 0.5}}, "excess_noise must be a finite factor of at least 1"),
     ({"sensor": {"bad_pixels": [[0, 1]]}}, "bad_pixels must be .* of true and false"),
     ({"sensor": {"quantised": 1}}, "quantised must be true, false or null, got 1"),
@@ -240,6 +243,8 @@ def test_programs_are_told_the_gain_and_nothing_that_windows_hold() -> None:
     known = Known((0.4, 0.5), SENSORS["numbers"], SCENES["csist"])
     told = known.for_windows()
     assert told.sensor == Sensor(gain=np.float32(0.5))  # 0.7 by an excess of 1.4
+    misfit = Known(0.5, SENSORS["misfit"]).for_windows().sensor
+    assert misfit == Sensor(misfit=np.float32(0.05))
     assert jax.tree.leaves(told.psf)[0].dtype == np.float32
     plain = Known(0.5, dataclasses.replace(SENSORS["maps"], gain=3.0), SCENES["csist"])
     assert jax.tree.structure(told) == jax.tree.structure(plain.for_windows())

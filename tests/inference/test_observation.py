@@ -295,6 +295,11 @@ def test_shot_noise_of_sky_and_targets_is_not_read_noise() -> None:
     both = jit_remeasured(seen.replace(neighbours=light / 4), light * 0.75, none, gain)
     np.testing.assert_allclose(both.noise, own.noise, rtol=1e-3)
     np.testing.assert_allclose(both.background, own.background, rtol=1e-5)
+    # Nor is the misfit of targets, which grows with their light.
+    off_by = 0.1 * 60 * np.random.default_rng(1).normal(size=frames.shape).astype("f")
+    own = jit_remeasured(seen.replace(counts=seen.counts + off_by), light, none, gain, 0.1)
+    variance = np.asarray(own.noise, float) ** 2
+    assert abs(variance.mean() - noise**2) < 4 * variance.std() / FRAMES**0.5 + 0.02 * noise**2
     # Without a gain all of it is read noise.
     plain = np.asarray(jit_remeasured(seen, light, none).noise, float) ** 2
     assert abs(plain.mean() - noise**2 - (photons + 60) / gain) < 4 * plain.std() / FRAMES**0.5 + 1

@@ -81,45 +81,47 @@ def windows(gains: np.ndarray | None, saturations: np.ndarray, backgrounds: np.n
     return dataclasses.replace(seen, background_std=jnp.full(len(frames), 0.7))
 
 
-def sensors(gain: bool):
-    """Windows (B,) and gains of read noise, shot noise, photon background, saturation."""
-    if not gain:
-        return windows(None, np.array([np.inf, 25.0]), np.zeros(2)), [None, None]
+def sensors(noise: str):
+    """Windows (B,), some of them saturated, and what light adds to the noise of each."""
+    if noise != "shot noise":
+        misfits = np.array([0.1, 0.3]) if noise == "misfit" else None
+        return windows(None, np.array([np.inf, 25.0]), np.zeros(2)), Sensor(misfit=misfits)
     gains = np.array([1.0, 0.2, 2.0, 2.0])
     seen = windows(gains, np.array([np.inf, np.inf, np.inf, 35.0]), np.array([0, 0, 10.0, 10.0]))
-    return seen, gains
+    return seen, Sensor(gain=gains)
 
 
 BOTH = np.ones(2, bool)
 
 
+def of_windows(sensor: Sensor, number: int):
+    """`Sensor` whose fields have each window's number."""
+    return [jax.tree.map(lambda a: jnp.broadcast_to(a, (number,)), sensor)]
+
+
 @lanes_last
 @quick_jit
 def derivatives(seen: Observation, theta: jax.Array, known: Known):
-    """Quadratic, autodiff gradient, and the function itself, of windows, each with its gain."""
+    """Quadratic, autodiff gradient, and the function itself, of windows, each with its noise."""
 
-    def one(seen: Observation, gain, theta: jax.Array):
-        model = scene_model(seen, jnp.asarray(BOTH), known.replace(sensor=Sensor(gain=gain)))
+    def one(seen: Observation, sensor: Sensor, theta: jax.Array):
+        model = scene_model(seen, jnp.asarray(BOTH), known.replace(sensor=sensor))
 
         def minus(at: jax.Array) -> jax.Array:
             return -model.log_likelihood(at) - model.log_prior(at)
 
         return model.quadratic(theta), jax.grad(minus)(theta), minus(theta)
 
-    axes = (0, None if known.sensor.gain is None else 0, None)
-    return jax.vmap(one, axes)(seen, known.sensor.gain, theta)
+    return jax.vmap(one, (0, 0, None))(seen, *of_windows(known.sensor, len(seen.counts)), theta)
 
 
-@pytest.mark.parametrize(("kind", "gain"), [("none", False), *((kind, True) for kind in PRIORS)])
-def test_gradient_is_that_of_likelihood_and_prior(x64, kind, gain):
-    seen, gains = sensors(gain)
-    known = f64(
-        Known(
-            psf=Gaussian((0.5, 0.6)),
-            sensor=Sensor(gain=gains if gain else None),
-            prior=PRIORS[kind],
-        )
-    )
+@pytest.mark.parametrize(
+    ("kind", "noise"),
+    [("none", "read noise"), ("none", "misfit"), *((kind, "shot noise") for kind in PRIORS)],
+)
+def test_gradient_is_that_of_likelihood_and_prior(x64, kind, noise):
+    seen, sensor = sensors(noise)
+    known = f64(Known(psf=Gaussian((0.5, 0.6)), sensor=sensor, prior=PRIORS[kind]))
     theta = theta_of(kind)
     quadratic, gradient, value = derivatives(seen, theta, known)
     np.testing.assert_allclose(quadratic.cost, value, rtol=1e-10)
@@ -139,8 +141,8 @@ def curvature(seen: Observation, theta: jax.Array, known: Known):
     mean of those of one standard deviation above and below.
     """
 
-    def one(seen: Observation, gain):
-        model = scene_model(seen, jnp.asarray(BOTH), known.replace(sensor=Sensor(gain=gain)))
+    def one(seen: Observation, sensor: Sensor):
+        model = scene_model(seen, jnp.asarray(BOTH), known.replace(sensor=sensor))
         source = model.source(theta)
         mu = seen.level + seen.background_std * theta[-1] + source
         sd = jnp.sqrt(model.variance(source, theta[-1])[0])
@@ -152,30 +154,23 @@ def curvature(seen: Observation, theta: jax.Array, known: Known):
         above, below, observed = jax.vmap(hessian)(jnp.stack([mu + sd, mu - sd, seen.counts]))
         return model.quadratic(theta).information, (above + below) / 2, observed
 
-    axes = (0, None if known.sensor.gain is None else 0)
-    return jax.vmap(one, axes)(seen, known.sensor.gain)
+    return jax.vmap(one)(seen, *of_windows(known.sensor, len(seen.counts)))
 
 
-@pytest.mark.parametrize("gain", [False, True], ids=["read noise", "shot noise"])
-def test_information_is_that_of_fisher(x64, gain):
-    seen, gains = sensors(gain)
-    known = f64(
-        Known(
-            psf=Gaussian((0.5, 0.6)),
-            sensor=Sensor(gain=gains if gain else None),
-            prior=PRIORS["none"],
-        )
-    )
+@pytest.mark.parametrize("noise", ["read noise", "shot noise", "misfit"])
+def test_information_is_that_of_fisher(x64, noise):
+    seen, sensor = sensors(noise)
+    known = f64(Known(psf=Gaussian((0.5, 0.6)), sensor=sensor, prior=PRIORS["none"]))
     information, expected, observed = curvature(seen, theta_of("none"), known)
     information = information.at[:, -1, -1].add(-1)  # the prior of the level
     full = ~np.asarray(seen.saturated).any((1, 2))
-    assert full.sum() == (3 if gain else 1)
+    assert full.sum() == (3 if noise == "shot noise" else 1)
     np.testing.assert_allclose(information[full], expected[full], rtol=1e-9, atol=1e-9)
     # Censored pixels have no counts to average over: theirs is the curvature by what `mu` is
-    # straight in. What the gain adds by the bend of the deviation is left out.
+    # straight in. What light adds by the bend of the deviation is left out.
     straight = np.array([2, 5, 6])
     block = np.ix_(~full, straight, straight)
-    if not gain:
+    if noise == "read noise":
         np.testing.assert_allclose(np.asarray(information)[block], np.asarray(observed)[block])
 
 
@@ -260,7 +255,7 @@ def density(name: str, intensity: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", LAWS)
 def test_both_ways_to_tell_an_intensity_are_one_model(x64, name):
-    seen = jax.tree.map(lambda a: a[0], sensors(True)[0])
+    seen = jax.tree.map(lambda a: a[0], sensors("shot noise")[0])
     known = f64(
         Known(psf=Gaussian(0.5), sensor=Sensor(gain=1.0), prior=scene_prior(intensity=LAWS[name]))
     )

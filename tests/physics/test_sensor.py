@@ -98,6 +98,8 @@ def test_the_offset_carries_no_shot_noise() -> None:
         Sensor(gain=2.0, read_noise=3.0, pedestal=5.0),
         digital(16, read_noise=2.0),
         digital(16, gain=0.7, read_noise=1.0),
+        Sensor(read_noise=2.0, misfit=0.1),
+        digital(16, gain=4.0, read_noise=1.0, misfit=0.1),
     ],
 )
 def test_variance_formula_against_monte_carlo(sensor: Sensor) -> None:
