@@ -23,6 +23,8 @@ from dscsnet_jax.physics.scene import frame_keys, get_preset, simulate
 from dscsnet_jax.physics.targets import Targets, from_lists
 
 pytestmark = pytest.mark.slow
+once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""`jax.jit` of a large program that runs a few times only."""
 
 
 def empty(number: int, slots: int) -> Targets:
@@ -190,7 +192,9 @@ _MESH = """
 
 
 def test_a_mesh_of_devices_gives_the_same_answers():
-    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+    # Three large programs, each of which runs once.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    flags = os.environ.get("XLA_FLAGS", "") + " " + flags
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_MESH)],
         env=os.environ | {"XLA_FLAGS": flags},
@@ -209,7 +213,7 @@ def test_estimate_is_traced_once_for_any_values(clusters):
         return estimate(*given)
 
     some = jax.tree.map(lambda a: a[:8], (seen, truth))
-    run = jax.jit(traced_estimate)
+    run = once(traced_estimate)
     first = run(*some, known, jax.random.key(0))
     second = run(*some, known, jax.random.key(1))
     assert len(traced) == 1
@@ -217,19 +221,28 @@ def test_estimate_is_traced_once_for_any_values(clusters):
     np.testing.assert_array_equal(first.fit.theta, second.fit.theta)
 
 
+def in_order(targets: Targets, *values):
+    """Values of the targets that are there, window by window, by their rows."""
+    row = np.where(targets.mask, targets.position[..., 0], np.inf)
+    order, there = np.argsort(row, 1), np.sort(row, 1) < np.inf
+    return [np.take_along_axis(np.asarray(v), order[..., None], 1)[there] for v in values]
+
+
 def test_a_batch_of_batches_has_the_same_answers(clusters):
     seen, truth, known = clusters
     some = jax.tree.map(lambda a: jnp.asarray(a)[:8], (seen, truth))
     key = jax.random.key(0)
-    one = jax.jit(estimate)(*some, known, key)
+    one = once(estimate)(*some, known, key)
     two = jax.tree.map(lambda a: a.reshape(2, 4, *a.shape[1:]), some)
-    found = jax.jit(jax.vmap(estimate, (0, 0, None, None)))(*two, known, key)
+    found = once(jax.vmap(estimate, (0, 0, None, None)))(*two, known, key)
     found = jax.tree.map(lambda a: a.reshape(8, *a.shape[2:]), found)
-    np.testing.assert_array_equal(one.fit.targets.mask, found.fit.targets.mask)
-    np.testing.assert_allclose(one.fit.targets.position, found.fit.targets.position, atol=1e-3)
-    off = one.posterior.targets.position - found.posterior.targets.position
-    off = off / np.where(one.fit.targets.mask[..., None], one.posterior.std[..., :2], 1)
-    assert (off**2).mean() < 0.3**2
+    # Which target has which number is left to rounding.
+    places, std = in_order(one.fit.targets, one.fit.targets.position, one.posterior.std)
+    others, _ = in_order(found.fit.targets, found.fit.targets.position, found.posterior.std)
+    np.testing.assert_allclose(places, others, atol=1e-3)
+    (means,) = in_order(one.posterior.targets, one.posterior.targets.position)
+    (others,) = in_order(found.posterior.targets, found.posterior.targets.position)
+    assert (((means - others) / std[..., :2]) ** 2).mean() < 0.3**2
 
 
 def test_start_of_lists_is_taken():
