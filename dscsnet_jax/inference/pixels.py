@@ -76,16 +76,17 @@ def variance(
       source: (N, M, ...) expected counts of the targets.
       t: (...,) error of the level, in its standard deviations.
     """
-    var = jnp.broadcast_to(seen.noise**2, source.shape)
+    read = seen.noise**2
     if noise is None:
-        return var, 0.0
-    slope, light = jnp.zeros((), source.dtype), seen.background_std * t + seen.neighbours + source
+        return jnp.broadcast_to(read, source.shape), 0.0
+    var: jax.Array = read
+    slope: Any = 0.0
     if noise.gain is not None:
-        photons = seen.background + light
+        photons = seen.background + seen.background_std * t + seen.neighbours + source
         slope = jnp.where(photons > 0, 1 / jnp.asarray(noise.gain, source.dtype), 0)
-        var = seen.noise**2 + photons * slope
+        var = read + photons * slope
     if noise.misfit is not None:
-        light = jnp.maximum(light, 0)
+        light = jnp.maximum(seen.background_std * t + seen.neighbours + source, 0)
         square = jnp.asarray(noise.misfit, source.dtype) ** 2
         var, slope = var + square * light**2, slope + 2 * square * light
     return var, slope
