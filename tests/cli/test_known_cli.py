@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import dscsnet_jax as dj
 from dscsnet_jax.cli import info, main, progress, unmix
 from dscsnet_jax.estimation import unmix as library
 from dscsnet_jax.estimation.result import UnmixResult
@@ -133,11 +134,13 @@ def test_what_else_is_told_comes_before_the_file(
         ["--prior=csist"],
         ["--prior=csist", "--intensity", "1", "9"],
         ["--saturation=inf", "--gain=2", "--misfit=0.2"],
+        ["--prior=none"],
+        ["--prior=none", "--separation=0.5"],
     ]
     for extra in more:
         assert main([*argv, *extra]) == 0
     assert main([*argv[:-1], "csist_noise"]) == 0
-    plain, noise, pedestal, separation, prior, both, sensor, preset = calls
+    plain, noise, pedestal, separation, prior, both, sensor, *none, preset = calls
     told = Known.from_json(file)
     assert plain == told
     assert noise == told.replace(psf=0.6, sensor=dataclasses.replace(told.sensor, read_noise=5.0))
@@ -152,6 +155,9 @@ def test_what_else_is_told_comes_before_the_file(
     assert sensor.sensor == dataclasses.replace(
         told.sensor, saturation=np.inf, gain=2.0, misfit=0.2
     )
+    nothing = scene_prior(intensity=dj.AnyIntensity())
+    assert none[0] == told.replace(prior=nothing)
+    assert none[1] == told.replace(prior=nothing.replace(separation=0.5))
     assert preset == presets()["csist_noise"].known
 
 
