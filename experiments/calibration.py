@@ -59,6 +59,7 @@ SENSORS: dict[str, dict[str, float]] = {
     "shot noise": {"gain": 1.0},
     "background": {"gain": 1.0, "background": 100.0},
     "saturation": {"saturation": 60.0},
+    "misfit": {"misfit": 0.15},
 }
 
 
@@ -105,7 +106,9 @@ def draw(prior: str, sensor: str, num: int, rng: np.random.Generator) -> Drawn:
     )
     known = SENSORS[sensor]
     expected = np.asarray(render(targets, frame_size=SIDE, psf=SIGMA), float)
-    photons = expected + known.get("background", 0.0)
+    if "misfit" in known:
+        expected = expected * (1 + known["misfit"] * rng.normal(size=expected.shape))
+    photons = np.maximum(expected, 0) + known.get("background", 0.0)
     recorded = rng.poisson(photons * known["gain"]) / known["gain"] if "gain" in known else photons
     recorded = recorded + rng.normal(0, NOISE, recorded.shape)
     return Drawn(targets, np.minimum(recorded, known.get("saturation", np.inf)).astype("f"))
@@ -134,8 +137,8 @@ def calibrate(prior: str, sensor: str, num: int, seed: int) -> dict[str, float]:
     known: dict[str, Any] = {"background": 0.0} | SENSORS[sensor]
     seen = observe(drawn.frames, Sensor(read_noise=NOISE, **known))
     told = Known(psf=Gaussian(np.float32(SIGMA)), prior=PRIORS[prior])
-    if "gain" in known:
-        told = dataclasses.replace(told, sensor=Sensor(gain=np.float32(known["gain"])))
+    light = {name: np.float32(known[name]) for name in ("gain", "misfit") if name in known}
+    told = dataclasses.replace(told, sensor=Sensor(**light))
     start, of_any = _starts(drawn.targets, np.random.default_rng(seed + 1))
     answer = jax.tree.map(np.asarray, _answer(seen, start, told, jax.random.key(seed)))
     truth, mask = _numbered(drawn.targets, answer.targets.position), drawn.targets.mask

@@ -11,8 +11,15 @@ NUM = 200
 LEAST = 1e-4  # of 130 probabilities one is below this by chance in 80 runs; seeds are fixed
 
 
-@pytest.mark.parametrize("sensor", calibration.SENSORS)
-@pytest.mark.parametrize("prior", calibration.PRIORS)
+CASES = [
+    (prior, sensor)
+    for prior in calibration.PRIORS
+    for sensor in calibration.SENSORS
+    if sensor != "misfit" or prior == "cluster"  # whose programs are others; all by command
+]
+
+
+@pytest.mark.parametrize(("prior", "sensor"), CASES)
 def test_the_truth_has_any_rank_among_the_samples_as_often(prior: str, sensor: str) -> None:
     found = calibration.calibrate(prior, sensor, NUM, seed=1)
     assert min(found.values()) > LEAST, found
