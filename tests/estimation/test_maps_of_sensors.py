@@ -8,7 +8,7 @@ import pytest
 
 import dscsnet_jax as dj
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 SIDE, FRAMES = 15, 24
 NOISE = np.where(np.arange(SIDE) < SIDE // 2, 8.0, 1.0) * np.ones((SIDE, 1))  # by columns
@@ -54,8 +54,8 @@ def test_the_noise_of_each_pixel_weighs_it(clean: np.ndarray, estimate: str) -> 
     np.testing.assert_array_equal(answer.targets.position, other.targets.position)
     # One number for all makes targets of the noise of the others, or sees no faint one.
     one = dj.Known(0.5, dj.Sensor(1.0, background=0.0))
-    wrong = dj.unmix(frames, one, estimate="map")
-    assert wrong.targets.count.sum() > 2 * answer.targets.count.sum()
+    wrong = dj.unmix(frames[:3], one, estimate="map")  # each with many, which takes long
+    assert wrong.targets.count.sum() > 2 * answer[:3].targets.count.sum()
 
 
 def test_a_sloped_pedestal_is_as_none(clean: np.ndarray) -> None:
