@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
 from dscsnet_jax.estimation.groups import linked, reach_of_groups
 from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources, widest_of
+from dscsnet_jax.inference import pixels
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
 from dscsnet_jax.io.catalog import Catalog, as_arrow, as_astropy, from_targets
 from dscsnet_jax.maps.network import root_mean_square
-from dscsnet_jax.physics.preset import LightNoise
 from dscsnet_jax.physics.targets import Targets
 
 _EDGE_SIGMAS = 3.0  # closer to the border than this, part of the PSF is cut off
@@ -272,11 +273,10 @@ def _chi_square(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B,) chi square per pixel, and its standard deviation if the noise is all there is."""
     used, left = _left(seen, source)
-    noise, variance = known.light_noise or LightNoise(), seen.noise**2
-    if noise.gain is not None:
-        variance = variance + np.maximum(seen.background + source, 0) / noise.gain
-    if noise.misfit is not None:
-        variance = variance + (noise.misfit * np.maximum(source, 0)) ** 2
+    noise, variance = known.light_noise, seen.noise**2
+    if noise is not None:  # else it is at hand
+        at_level = dataclasses.replace(seen, background_std=0.0)
+        variance = np.asarray(pixels.variance(at_level, noise, jnp.asarray(source))[0])
     number = np.maximum(used.sum((1, 2)), 1)
     total = (left**2 / variance).sum((1, 2), where=used)
     return total / number, np.sqrt(2 / number)

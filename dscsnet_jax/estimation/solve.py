@@ -35,7 +35,6 @@ from dscsnet_jax.inference.search import Selected
 from dscsnet_jax.inference.summary import Posterior
 from dscsnet_jax.inference.turn import NUM_TURNS, turn
 from dscsnet_jax.maps.detect import peaks_of
-from dscsnet_jax.physics.preset import LightNoise
 from dscsnet_jax.physics.targets import Targets
 
 _SEARCHES = 3  # for targets that the start had missed, and for room
@@ -386,7 +385,7 @@ def _turn(
 
 
 @jax.jit
-def _remeasure(given: tuple[Observation, Any, Any], noise: LightNoise) -> Observation:
+def _remeasure(given: tuple[Observation, Any, Any], noise: tuple[Any, Any]) -> Observation:
     return observing.remeasured(*given, *noise)
 
 
@@ -395,7 +394,7 @@ def remeasured(observation: Observation, targets: Flat, known: Known) -> Observa
     source = windows.light_of(targets, known.psf, observation.counts)
     number = np.bincount(targets.frame, minlength=len(source)).astype(source.dtype)
     size = frames_per_block(source.shape[1:])
-    noise = known.light_noise or LightNoise()
+    noise = known.effective_gain, known.sensor.misfit
     return in_blocks(_remeasure, (observation, source, number), noise, size=size)
 
 

@@ -88,8 +88,8 @@ class Known:
             prior = dataclasses.replace(prior, intensity=None)
         psf = with_both_widths(as_psf(self.psf))
         psf = jax.tree.map(lambda a: np.asarray(a, np.float32), psf)
-        noise = jax.tree.map(np.float32, self.light_noise or LightNoise())
-        return Known(psf, Sensor(gain=noise.gain, misfit=noise.misfit), prior)
+        light = {"gain": self.effective_gain, "misfit": self.sensor.misfit}
+        return Known(psf, Sensor(**jax.tree.map(np.float32, light)), prior)
 
     def with_weak_prior(self) -> Known:
         """The same; where no intensities are told, with what is assumed then (`weak_prior`)."""

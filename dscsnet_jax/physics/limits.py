@@ -91,7 +91,7 @@ def information_root(
 
     `F = L^T L = J^T diag(1/var) J + diag(1/prior variance)`, with `J` from
     `render_jacobian` and `var` the variance of a recorded pixel (read + shot +
-    quantisation). What is neglected:
+    misfit + quantisation). What is neglected:
 
     - The term `(d var / var)^2 / 2` of a Gaussian of varying variance: `(d mu)^2 / var`
       is what any pixel tells at least, and all that pure read or pure shot noise tells.

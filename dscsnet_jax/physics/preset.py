@@ -70,8 +70,9 @@ class Sensor:
     @property
     def light_noise(self) -> LightNoise | None:
         """Noise that grows with the light of targets; None: none does."""
-        noise = LightNoise(self.effective_gain, self.misfit)
-        return None if noise == (None, None) else noise
+        if self.gain is None and self.misfit is None:
+            return None
+        return LightNoise(self.effective_gain, self.misfit)
 
 
 def digital(bits: int, **fields: Any) -> Sensor:

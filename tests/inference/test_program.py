@@ -193,8 +193,8 @@ _MESH = """
 
 def test_a_mesh_of_devices_gives_the_same_answers():
     # Three large programs, each of which runs once.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    flags = os.environ.get("XLA_FLAGS", "") + " " + flags
+    more = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {more}"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_MESH)],
         env=os.environ | {"XLA_FLAGS": flags},

@@ -96,7 +96,7 @@ BOTH = np.ones(2, bool)
 
 def of_windows(sensor: Sensor, number: int):
     """`Sensor` whose fields have each window's number."""
-    return [jax.tree.map(lambda a: jnp.broadcast_to(a, (number,)), sensor)]
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (number,)), sensor)
 
 
 @lanes_last
@@ -112,7 +112,7 @@ def derivatives(seen: Observation, theta: jax.Array, known: Known):
 
         return model.quadratic(theta), jax.grad(minus)(theta), minus(theta)
 
-    return jax.vmap(one, (0, 0, None))(seen, *of_windows(known.sensor, len(seen.counts)), theta)
+    return jax.vmap(one, (0, 0, None))(seen, of_windows(known.sensor, len(seen.counts)), theta)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def curvature(seen: Observation, theta: jax.Array, known: Known):
         above, below, observed = jax.vmap(hessian)(jnp.stack([mu + sd, mu - sd, seen.counts]))
         return model.quadratic(theta).information, (above + below) / 2, observed
 
-    return jax.vmap(one)(seen, *of_windows(known.sensor, len(seen.counts)))
+    return jax.vmap(one)(seen, of_windows(known.sensor, len(seen.counts)))
 
 
 @pytest.mark.parametrize("noise", ["read noise", "shot noise", "misfit"])
