@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             np.concatenate(maps) if maps else None,
             split.targets,
             num_pixels=split.frames.shape[1],
+            confidence=scoring.ranked(answers),
         )
         if preset is not None and preset.variation is None:
             rows |= scoring.guide_row(split.targets, preset)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
 import numpy as np
 
 from dscsnet_jax.estimation.limit import bayes_limit
-from dscsnet_jax.evaluation.report import Scores, evaluate
+from dscsnet_jax.estimation.result import UnmixResult
+from dscsnet_jax.evaluation.report import Scores, evaluate, join_batches
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.maps.readout import REFERENCE_THRESHOLD, threshold_cells
 from dscsnet_jax.physics.grid import grid_map
@@ -36,8 +39,22 @@ def label(method: str, estimate: str, readout: str) -> str:
     return f"{method} ({estimate})"
 
 
+def ranked(answers: Sequence[UnmixResult]) -> np.ndarray | None:
+    """Confidence (B, K) of the targets of all answers, as `join_batches` has them; or None."""
+    if any(np.isnan(a.confidence).any() for a in answers):
+        return None
+    trusted = (replace(a.targets, intensity=a.confidence) for a in answers)  # type: ignore[arg-type]
+    return np.asarray(join_batches(trusted).intensity)
+
+
 def method_rows(
-    name: str, found: Targets, maps: np.ndarray | None, truth: Targets, *, num_pixels: int
+    name: str,
+    found: Targets,
+    maps: np.ndarray | None,
+    truth: Targets,
+    *,
+    num_pixels: int,
+    confidence: np.ndarray | None = None,
 ) -> dict[str, Scores]:
     """Scores of an answer and, where there are maps, of the reference rule on them.
 
@@ -47,12 +64,14 @@ def method_rows(
       maps: (B, cN, cM) sub-pixel maps, counts, or None.
       truth: `Targets` of the same frames.
       num_pixels: rows of the detector's frame, `N`.
+      confidence: (B, K) of the answer, or None.
 
     Returns:
       `Scores` by name, the answer's first.
     """
+    score = partial(evaluate, found, truth, confidence=confidence)
     if maps is None:
-        return {name: evaluate(found, truth)}
+        return {name: score()}
     division = maps.shape[1] // num_pixels
     size = (num_pixels, maps.shape[2] // division)
     position, intensity = (np.asarray(a, np.float32) for a in (truth.position, truth.intensity))
@@ -60,7 +79,7 @@ def method_rows(
     slots = max(1, int((maps >= REFERENCE_THRESHOLD).sum((1, 2)).max(initial=1)))
     read = jax.jit(partial(threshold_cells, division=division, max_targets=slots))
     cells = read(maps).targets
-    rows = {name: evaluate(found, truth, maps=maps, truth_maps=true_maps)}
+    rows = {name: score(maps=maps, truth_maps=true_maps)}
     rows.setdefault(label("grid", "", "cells"), evaluate(cells, truth))
     return rows
 
@@ -82,7 +101,7 @@ def limit_row(frames: np.ndarray, truth: Targets, known: Known, count: str) -> d
     """Scores of the posterior from draws of the prior, the count `given` or `unknown`."""
     number = np.asarray(truth.mask).sum(1) if count == "given" else None
     best = bayes_limit(frames, known, count=number)
-    return {LIMITS[count]: evaluate(best.targets, truth)}
+    return {LIMITS[count]: evaluate(best.targets, truth, confidence=best.confidence)}
 
 
 def against_limit(rows: dict[str, Scores], name: str, count: str) -> str:

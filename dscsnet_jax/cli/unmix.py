@@ -31,8 +31,12 @@ def run(args: argparse.Namespace) -> int:
     known = options.known_of(args)
     if args.out:
         prepare_catalog(args.out, force=args.force)
-        if args.learn:
-            options.prepare_file(_beside(args.out), ".json", ".npz", force=args.force)
+    if args.frames_out:
+        prepare_catalog(args.frames_out, force=args.force)
+        if args.out and args.out.resolve() == args.frames_out.resolve():
+            raise ValueError(f"--out and --frames-out are the same file: {args.out}")
+    if args.out and args.learn:
+        options.prepare_file(_beside(args.out), ".json", ".npz", force=args.force)
     with progress.stage("reading"):
         stacks = read_many(args.paths, mask_invalid=args.mask_invalid)
     if args.learn:
@@ -56,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
     )
     to_learn = [] if args.learn else _to_learn(answers, known, len(stacks))
     summary = "\n".join([_summary(answers), *to_learn])
+    if args.frames_out:
+        of_frames = [a.frame_table(p.names) for p, a in zip(pieces, answers, strict=True)]
+        write_catalog(args.frames_out, concatenate(of_frames), force=args.force)
+        summary += f"\nframes: {args.frames_out}"
     if args.out:
         write_catalog(args.out, catalog, force=args.force)
         print(f"{summary}\ncatalog: {args.out}")

@@ -98,6 +98,11 @@ def unmix(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help=".csv, .ecsv or .parquet; default: CSV on standard output"
     )
+    parser.add_argument(
+        "--frames-out",
+        type=Path,
+        help="a table of the frames to write as well: count, its probability, the runner-up, noise",
+    )
     options.add_sensor(parser)
     options.add_prior(parser)
     parser.add_argument(

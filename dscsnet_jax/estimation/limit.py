@@ -107,6 +107,7 @@ def _solved(found: Tempered, chance: np.ndarray, seen: Any, told: Known) -> Solv
         converged=np.broadcast_to(posterior.converged[:, None], slots),
         effective_sample_size=np.broadcast_to(posterior.effective_sample_size[:, None], slots),
         count_probability=chance,
+        confidence=np.asarray(posterior.confidence)[rows, order],
         crowded=np.zeros(slots, bool),
         truncated=np.zeros(len(order), bool),
         observation=seen,

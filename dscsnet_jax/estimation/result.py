@@ -18,7 +18,7 @@ from dscsnet_jax.estimation.windows import frame_sources, widest_of
 from dscsnet_jax.inference import pixels
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import Observation
-from dscsnet_jax.io.catalog import Catalog, as_arrow, as_astropy, from_targets
+from dscsnet_jax.io.catalog import Catalog, FrameTable, as_arrow, as_astropy, from_targets
 from dscsnet_jax.maps.network import root_mean_square
 from dscsnet_jax.physics.targets import Targets
 
@@ -27,6 +27,8 @@ _UNRESOLVED_PIXELS = 0.5  # in sigmas of the PSF
 _UNRESOLVED_GAP = 2.0  # in standard deviations
 _SEPARATION_SLACK = 0.1  # pixels below the prior's least distance
 _UNEXPLAINED = 5.0  # standard deviations of chi square
+_OF_TARGETS = ("near_edge", "saturated", "unresolved", "not_converged", "crowded")
+_OF_FRAMES = ("unexplained", "truncated", "invalid")
 _SHOWN = 24  # lines of a table in a notebook
 
 
@@ -36,12 +38,15 @@ class UnmixResult:
 
     Attributes:
       targets: `Targets` of (B, K, ...): positions in pixels, intensities in counts.
-      std: (B, K, 3) standard deviations of row, col (pixels) and intensity (counts); inf
-        where the frame does not decide, NaN for the method `grid`, which gives none.
+      std: (B, K, 3) standard deviations of row, col (pixels) and intensity (counts), averaged
+        over the counts that remain plausible; inf where the frame does not decide, NaN for the
+        method `grid`, which gives none.
       interval: (B, K, 3, 4) quantiles of row, col and intensity, at one and two standard
         deviations of a Gaussian (2.3, 15.9, 84.1 and 97.7 %); NaN for `grid`.
       count_probability: (B, K+1) probability of each number of targets among those that
         were compared, the last of K or more; NaN for `grid`.
+      confidence: (B, K) expected share of the radii 0.05, 0.10 .. 0.25 pixels (those of CSO-mAP)
+        within which a true target lies, counts that remain plausible included; NaN for `grid`.
       residual: (B,) root mean square of frame minus model over the valid pixels, counts.
       chi_square: (B,) mean over the valid pixels of the squared residual over its
         variance: about 1 where the model explains the frame; NaN for `grid`.
@@ -84,6 +89,7 @@ class UnmixResult:
     std: np.ndarray
     interval: np.ndarray
     count_probability: np.ndarray
+    confidence: np.ndarray
     residual: np.ndarray
     chi_square: np.ndarray
     effective_sample_size: np.ndarray
@@ -138,7 +144,36 @@ class UnmixResult:
         """One row a target; frames have the names given, or their numbers."""
         if names is None:
             names = [str(number) for number in range(len(self))]
-        return from_targets(names, self.targets, std=self.std, status=self.status())
+        return from_targets(
+            names,
+            self.targets,
+            std=self.std,
+            status=self.status(),
+            confidence=self.confidence,
+        )
+
+    def frame_table(self, names: Sequence[str] | None = None) -> FrameTable:
+        """One row a frame: its count with the runner-up, their probabilities, noise and status."""
+        if names is None:
+            names = [str(number) for number in range(len(self))]
+        count = np.asarray(self.targets.count)
+        rows = np.arange(len(self))
+        chance = np.array(self.count_probability)
+        own = chance[rows, count]
+        chance[rows, count] = -1
+        second = np.where(np.isnan(own), -1, chance.argmax(1))
+        return FrameTable(
+            frame=np.array(list(names), str),
+            count=count.astype(int),
+            probability=own,
+            runner_up=second,
+            runner_up_probability=np.where(second < 0, np.nan, chance[rows, second]),
+            noise=np.asarray(self.noise, float),
+            pedestal=np.asarray(self.pedestal, float),
+            background=np.asarray(self.background, float),
+            residual=np.asarray(self.residual, float),
+            status=self.frame_status(),
+        )
 
     def to_table(self, names: Sequence[str] | None = None) -> Any:
         """`catalog` as an `astropy.table.Table` with units; needs the extra `catalog`."""
@@ -154,16 +189,25 @@ class UnmixResult:
 
     def status(self) -> np.ndarray:
         """(B, K) text: `ok`, or the flags that hold, joined by `|`; empty where no target."""
-        shape = self.near_edge.shape
-        names = ("near_edge", "saturated", "unresolved", "not_converged", "crowded")
-        flags = {name: getattr(self, name) for name in names}
-        for name in ("unexplained", "truncated", "invalid"):
-            flags[name] = np.broadcast_to(getattr(self, name)[:, None], shape)
-        text = np.full(shape, "", dtype=object)
-        for name, flag in flags.items():
-            text = np.where(flag, text + np.where(text == "", "", "|") + name, text)
-        text = np.where(text == "", "ok", text)
-        return np.where(np.asarray(self.targets.mask), text, "").astype(str)
+        mask = np.asarray(self.targets.mask)
+        shape = mask.shape
+        flags = {name: getattr(self, name) for name in _OF_TARGETS}
+        flags |= {n: np.broadcast_to(getattr(self, n)[:, None], shape) for n in _OF_FRAMES}
+        return np.where(mask, _joined(flags), "")
+
+    def frame_status(self) -> np.ndarray:
+        """(B,) text: `ok`, or the flags that hold for the frame or any target of it."""
+        mask = np.asarray(self.targets.mask)
+        flags = {name: (getattr(self, name) & mask).any(1) for name in _OF_TARGETS}
+        return _joined(flags | {name: getattr(self, name) for name in _OF_FRAMES})
+
+
+def _joined(flags: dict[str, np.ndarray]) -> np.ndarray:
+    """Names of the flags that hold, joined by `|`; `ok` of none."""
+    text = np.full(next(iter(flags.values())).shape, "", dtype=object)
+    for name, flag in flags.items():
+        text = np.where(flag, text + np.where(text == "", "", "|") + name, text)
+    return np.where(text == "", "ok", text).astype(str)
 
 
 def grid_result(
@@ -189,6 +233,7 @@ def grid_result(
         std=np.full((*slots, 3), np.nan),
         interval=np.full((*slots, 3, 4), np.nan),
         count_probability=np.full((frames, slots[1] + 1), np.nan),
+        confidence=np.full(slots, np.nan),
         chi_square=np.full(frames, np.nan),
         effective_sample_size=np.full(slots, np.inf),
         unresolved=np.zeros(slots, bool),
@@ -225,6 +270,7 @@ def solved_result(
         std=solved.std,
         interval=solved.interval,
         count_probability=solved.count_probability,
+        confidence=solved.confidence,
         chi_square=chi_square,
         effective_sample_size=solved.effective_sample_size,
         unresolved=_unresolved(solved.targets, solved.std, known),

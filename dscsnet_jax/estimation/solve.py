@@ -24,6 +24,14 @@ from dscsnet_jax.batching import (
 )
 from dscsnet_jax.estimation import ESTIMATES, windows
 from dscsnet_jax.estimation.groups import components, linked, ranks, reach_of_groups
+from dscsnet_jax.estimation.rivals import (
+    Rivals,
+    averaged,
+    confidence,
+    rivals_of,
+    shares,
+    within,
+)
 from dscsnet_jax.estimation.windows import Flat, Windows
 from dscsnet_jax.inference import observation as observing
 from dscsnet_jax.inference import search
@@ -55,6 +63,7 @@ class Solved(NamedTuple):
         posterior mean: its chains agree.
       effective_sample_size: (B, K) of the chains; inf without sampling.
       count_probability: (B, K+1) of each number of targets.
+      confidence: (B, K) expected share of `summary.RADII` within which a target lies.
       crowded: (B, K) bool, the target's group was too large for a window, and was split.
       truncated: (B,) bool, targets are missing for want of slots.
       observation: noise and background as given or estimated.
@@ -68,6 +77,7 @@ class Solved(NamedTuple):
     converged: np.ndarray
     effective_sample_size: np.ndarray
     count_probability: np.ndarray
+    confidence: np.ndarray
     crowded: np.ndarray
     truncated: np.ndarray
     observation: Observation
@@ -85,7 +95,6 @@ def solve(
     estimate_noise: bool = False,
     greedy: bool = False,
     fixed_count: bool = False,
-    from_start: bool = False,
     keep_samples: bool = False,
     seed: int = 0,
 ) -> Solved:
@@ -101,7 +110,6 @@ def solve(
         target is left to disturb.
       greedy: only add targets, one at a time.
       fixed_count: keep the number of targets of the start.
-      from_start: sample from the start itself instead of from its fit.
       keep_samples: answer with the samples of the posterior.
       seed: of the chains.
 
@@ -135,32 +143,29 @@ def solve(
         start = gathered(selected(observation, start, known, compare=False, greedy=greedy))
         observation = remeasured(observation, start, known)
     counted = selected(observation, start, known, compare=not fixed_count, greedy=greedy)
-    fits = [(w, s.fit.targets, _fit_values(w, s.fit)) for w, s in counted]
-    found, values = windows.gather(fits)
-    if estimate == "mean":
-        if from_start:
-            found = start
+    parts = [(w, s.fit.targets, (*_fit_values(w, s.fit), *rivals_of(w, s))) for w, s in counted]
+    found, values = windows.gather(parts)
+    if estimate == "mean" and len(found.frame):
         posteriors = sampled(observation, found, known, seed=seed, keep_samples=keep_samples)
-        means = [(w, p.targets, _mean_values(w, p)) for w, p in posteriors]
-        found, values = windows.gather(means)
+        means = [(w, p.targets, (*_mean_values(w, p), w.number)) for w, p in posteriors]
+        found, (*of_means, number) = windows.gather(means)
+        values = [*of_means, *(a[number] for a in values[-2:])]
+    values = _over_counts(values, float(np.mean(known.psf.width)))
     targets, values, truncated = windows.padded(found, values, num_frames, max_targets)
     slots = targets.mask.shape
-    std, interval, converged, effective, crowded, *samples = values or (
-        np.zeros((*slots, 3)),
-        np.zeros((*slots, 3, 4)),
-        np.zeros(slots, bool),
-        np.zeros(slots),
-        np.zeros(slots, bool),
-        *([np.zeros((*slots, 0, 3))] if keep_samples else ()),
+    none = [np.zeros((*slots, *shape)) for shape in ((3,), (3, 4), (), (), (), (), (0, 3))]
+    std, interval, confident, converged, effective, crowded, *samples = (
+        values if len(found.frame) else none[: 6 + keep_samples]
     )
     return Solved(
         targets=targets,
         std=std,
         interval=interval,
-        converged=converged,
+        converged=converged.astype(bool),
         effective_sample_size=effective,
         count_probability=_count_probability(counted, num_frames, slots[1]),
-        crowded=crowded,
+        confidence=confident,
+        crowded=crowded.astype(bool),
         truncated=truncated,
         observation=observation,
         source=windows.frame_sources(targets, known.psf, observation.counts),
@@ -419,17 +424,27 @@ def _fit_values(w: Windows, fit: Fit) -> tuple[np.ndarray, ...]:
     interval = centre[..., None] + std[..., None] * np.array([-2.0, -1.0, 1.0, 2.0])
     effective = np.full(len(std), np.inf, std.dtype)
     by_window = (_each(w, a) for a in (fit.converged, effective, w.split))
-    return std, interval.astype(std.dtype), *by_window
+    return std, interval.astype(std.dtype), within(std, np.zeros_like(std)), *by_window
 
 
 def _mean_values(w: Windows, posterior: Posterior) -> tuple[Any, ...]:
     """Values per target of a posterior, as `Solved` has them."""
     of_windows = posterior.converged, posterior.effective_sample_size, w.split
-    values = posterior.std, posterior.interval, *(_each(w, a) for a in of_windows)
+    by_window = (_each(w, a) for a in of_windows)
+    values = posterior.std, posterior.interval, posterior.confidence, *by_window
     if posterior.samples is None:
         return values
     place = np.pad(w.observation.origin, ((0, 0), (0, 1)))  # of the window in the frame
     return *values, np.swapaxes(posterior.samples, 1, 2) + place[:, None, None]
+
+
+def _over_counts(values: list[np.ndarray], width: float) -> list[np.ndarray]:
+    """Values per target, the last two those of their rivals, averaged over the counts."""
+    if not values or not len(values[0]):
+        return []
+    std, interval, given, *others = values[:-2]
+    rivals = Rivals(*values[-2:])
+    return [*averaged(std, interval, rivals, width), confidence(given, std, rivals), *others]
 
 
 def _each(w: Windows, of_windows: Any) -> np.ndarray:
@@ -445,19 +460,13 @@ def _count_probability(counted: Counted, num_frames: int, max_targets: int) -> n
     total = np.zeros((num_frames, max_targets + 1))
     total[:, 0] = 1
     for w, of_windows in counted:
-        table = np.array(of_windows.log_evidence, float)
         mask = np.asarray(of_windows.fit.targets.mask)
         # Guests are counted by their own windows.
         kept = windows.own(w, of_windows.fit.targets).sum(1)
+        table = np.asarray(of_windows.log_evidence)
         column = np.arange(table.shape[1]) + (mask.sum(1) - kept)[:, None]
-        table = np.take_along_axis(
-            np.pad(table, ((0, 0), (0, len(mask[0]))), constant_values=-np.inf), column, 1
-        )
-        # Where every count was impossible, the one that was kept is certain.
-        never = np.flatnonzero(~np.isfinite(table.max(1)))
-        table[never, kept[never]] = 0
-        share = np.exp(table - table.max(1, keepdims=True))
-        share = share / share.sum(1, keepdims=True)
+        table = np.pad(table, ((0, 0), (0, len(mask[0]))), constant_values=-np.inf)
+        share = shares(np.take_along_axis(table, column, 1), kept)
         order = np.argsort(w.frame, kind="stable")
         frame = w.frame[order]
         rank = ranks(frame)

@@ -68,6 +68,7 @@ class Windows(NamedTuple):
       targets: `Targets` (W, K, ...), positions within the window.
       guest: (W, K) bool, targets that belong to another window.
       split: (W,) bool, the window holds a part of a group.
+      number: (W, K) of each target in the list that was cut; 0 where there is none.
     """
 
     frame: np.ndarray
@@ -75,6 +76,7 @@ class Windows(NamedTuple):
     targets: Targets
     guest: np.ndarray
     split: np.ndarray
+    number: np.ndarray
 
 
 def widest_of(psf: Psf) -> float:
@@ -174,10 +176,12 @@ def cut(
         table[slot] = np.column_stack([place, intensity[target[at]]])
         present, foreign = np.zeros((2, *table.shape[:2]), bool)
         present[slot], foreign[slot] = True, guest[at]
+        listed = np.zeros(present.shape, int)
+        listed[slot] = target[at]
         local = from_arrays(table[..., :2], table[..., 2], present)
         seen = _pixels(observation, source, part_frame[chosen], origin, shape.side)
         seen = _with_neighbours(seen, frame_sources(local, psf, seen.counts))
-        found.append(Windows(part_frame[chosen], seen, local, foreign, split[chosen]))
+        found.append(Windows(part_frame[chosen], seen, local, foreign, split[chosen], listed))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ MATCH_DISTANCE = 0.25
 
 TABLE_COLUMNS = {
     "mAP": 2,
+    "mAP_ranked": 2,
     "AP05": 2,
     "AP10": 2,
     "AP15": 2,
@@ -52,6 +54,8 @@ class Scores:
       frames, targets, detections: how many there are.
       cso: the benchmark's CSO-mAP.
       cso_matched: the same with optimal matching.
+      cso_ranked: CSO-mAP with detections ranked by their confidence instead of their intensity: a
+        number of its own, not the benchmark's; None without confidence.
       count_accuracy: fraction of frames with the right number of targets.
       count_confusion: frames by true (row) and estimated (column) number of
         targets; the last column collects larger estimates.
@@ -66,6 +70,7 @@ class Scores:
     detections: int
     cso: CsoMap
     cso_matched: CsoMap
+    cso_ranked: CsoMap | None
     count_accuracy: float
     count_confusion: np.ndarray
     match_distance: float
@@ -91,8 +96,10 @@ class Scores:
         errors = self.matches._asdict()
         for share in ("recall", "precision", "intensity_bias"):
             errors[share] *= 100
+        ranked = {} if self.cso_ranked is None else {"mAP_ranked": 100 * self.cso_ranked.mean}
         flat = {
             **self.cso.as_dict(),
+            **ranked,
             "frames": self.frames,
             "targets": self.targets,
             "detections": self.detections,
@@ -113,6 +120,7 @@ def evaluate(
     detections: Targets,
     truth: Targets,
     *,
+    confidence: ArrayLike | None = None,
     maps: ArrayLike | jax.Array | None = None,
     truth_maps: ArrayLike | jax.Array | None = None,
     match_distance: float = MATCH_DISTANCE,
@@ -126,6 +134,7 @@ def evaluate(
     Args:
       detections: `Targets` of B frames; intensity is the score.
       truth: `Targets` of the same frames; the number of slots may differ.
+      confidence: (B, K) of the detections, by which `cso_ranked` ranks them.
       maps: (B, cN, cM) sub-pixel maps, counts.
       truth_maps: grid truth of the same shape (`physics.grid.grid_map`).
       match_distance: largest distance of a matched pair, pixels; may be inf.
@@ -135,8 +144,8 @@ def evaluate(
       The `Scores`; NaN where undefined.
 
     Raises:
-      ValueError: if shapes disagree, a present target is not finite, or only one of
-        `maps` and `truth_maps` is given.
+      ValueError: if shapes disagree, a present target or confidence is not finite, or only one
+        of `maps` and `truth_maps` is given.
 
     Example:
       >>> from dscsnet_jax.physics.targets import from_lists
@@ -158,6 +167,7 @@ def evaluate(
         detections=int(found.mask.sum()),
         cso=cso_map(detections, truth),
         cso_matched=cso_map_matched(detections, truth),
+        cso_ranked=_ranked(detections, truth, confidence),
         count_accuracy=count_accuracy(detections, truth),
         count_confusion=count_confusion(detections, truth),
         match_distance=float(match_distance),
@@ -165,6 +175,16 @@ def evaluate(
         psnr=mean_psnr,
         ssim=mean_ssim,
     )
+
+
+def _ranked(detections: Targets, truth: Targets, confidence: ArrayLike | None) -> CsoMap | None:
+    """CSO-mAP with detections ranked by their confidence."""
+    if confidence is None:
+        return None
+    score, shape = np.asarray(confidence, float), np.shape(detections.mask)
+    if score.shape != shape:
+        raise ValueError(f"confidence: expected shape {shape}, got {score.shape}")
+    return cso_map(dataclasses.replace(detections, intensity=score), truth)  # type: ignore[arg-type]
 
 
 def join_batches(batches: Iterable[Targets], num_frames: int | None = None) -> Targets:

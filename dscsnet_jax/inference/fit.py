@@ -156,11 +156,14 @@ def _minimise(
     """
     present = present_of(model.mask)
     start, least, largest = _DAMPING
+    # No place is wider than the window: one that the light does not tell keeps none from changing.
+    widest = jnp.full_like(theta[:-1:3], 12 / max(model.seen.counts.shape[:2]) ** 2)
+    widest = theta_of(widest, widest, jnp.zeros_like(widest), jnp.zeros_like(theta[-1]))
     State = tuple[jax.Array, jax.Array, Quadratic]
 
     def iterate(state: State) -> State:
         theta, damping, old = state
-        step = _damped_step(old, damping, present)
+        step = _damped_step(old, widest, damping, present)
         step = step * _LONGEST / jnp.maximum(_longest_move(step), _LONGEST)
         new = model.quadratic(theta + step)
         better = ((new.terms - old.terms).sum(0) < 0) | (old.cost == jnp.inf)
@@ -193,8 +196,10 @@ def scaled(information: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.A
     return unit + spd.diagonal_matrix(jnp.where(tells, 0, 1).astype(unit.dtype)), scale
 
 
-def _damped_step(at: Quadratic, damping: jax.Array, present: jax.Array) -> jax.Array:
-    unit, scale = scaled(at.information, present)
+def _damped_step(
+    at: Quadratic, widest: jax.Array, damping: jax.Array, present: jax.Array
+) -> jax.Array:
+    unit, scale = scaled(at.information + spd.diagonal_matrix(widest), present)
     wider = spd.diagonal_matrix(jnp.broadcast_to(damping, scale.shape))
     inverse, _ = spd.inverse((unit + wider) / (1 + damping))
     return -scale * spd.times(inverse, scale * at.gradient) / (1 + damping)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.hamiltonian import trajectory
 from dscsnet_jax.inference.lanes import sum_leading
 from dscsnet_jax.inference.redraw import light_redrawn
 from dscsnet_jax.inference.scene_model import SceneModel
@@ -19,7 +20,8 @@ from dscsnet_jax.inference.theta import parts_of, theta_of
 
 # Shares of the moves, in the order of `propose`.
 _MOVES = (0.5, 0.12, 0.03, 0.2, 0.15)
-_LINEAR_MOVES = (0.4, 0.1, 0.02, 0.08, 0.1, 0.2, 0.1)
+_LINEAR_MOVES = (0.4, 0.1, 0.02, 0.08, 0.1, 0.2, 0.1, 0.0)
+_SLOW_MOVES = (0.32, 0.08, 0.016, 0.064, 0.08, 0.16, 0.08, 0.2)  # where chains have disagreed
 _LENGTHS = (0.01, 0.7)  # pixels, of moves of one or two targets
 WALK = 0
 """The kind of the move of all parameters."""
@@ -41,10 +43,11 @@ class Shape(NamedTuple):
     inverse: jax.Array
 
 
-def kind_of(u: jax.Array, model: SceneModel) -> jax.Array:
-    """Which move; chosen at random, so that any number of moves in turn is reversible."""
-    shares = _LINEAR_MOVES if model.linear else _MOVES
-    return (u >= jnp.asarray(np.cumsum(shares)[:-1], u.dtype)).sum(dtype=jnp.int32)
+def kind_of(u: jax.Array, model: SceneModel, number: int | jax.Array = 0) -> jax.Array:
+    """Which move of a turn; chosen at random, so that any number of moves is reversible."""
+    shares = (_LINEAR_MOVES, _SLOW_MOVES) if model.linear else (_MOVES, _MOVES)
+    first, later = (jnp.asarray(np.cumsum(of)[:-1], u.dtype) for of in shares)
+    return (u >= jnp.where(jnp.asarray(number) > 0, later, first)).sum(dtype=jnp.int32)
 
 
 def propose(
@@ -55,6 +58,7 @@ def propose(
     fitted: jax.Array,
     kind: jax.Array,
     u: jax.Array,
+    log_density: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """A proposal (3K+1, 1, C) of one kind, from uniform numbers.
 
@@ -62,7 +66,8 @@ def propose(
     have: only what differs from it is ever rejected, however long the step. The cluster rotated
     or reflected about its centre of energy, which makes blends that look alike; the intensities
     of two targets exchanged; one target over lengths of many scales; two targets with their
-    centre of energy held.
+    centre of energy held. Where the prior lets light be linear: one or two targets, the light
+    of all drawn anew, and trajectories of all parameters.
 
     Args:
       theta: (3K+1, 1, C) places of C chains.
@@ -72,6 +77,7 @@ def propose(
       fitted: (3K+1, 1, C) the fit, by which targets are numbered.
       kind: which move, see `kind_of`.
       u: (3K+1 + `NUM_FURTHER`, 1, C) uniform numbers.
+      log_density: of places, by which trajectories go.
 
     Returns:
       Where to, and the logarithm (1, C) of how much likelier its proposal is on the way back.
@@ -130,6 +136,7 @@ def propose(
     moves: list[Callable[[], Any]] = [walk, *(partial(symmetric, move) for move in others)]
     if model.linear:
         moves += [partial(redrawn, one), partial(redrawn, (one - second) / 2)]
+        moves += [lambda: trajectory(theta, shape.root, log_density, _normal(u[:size]), u[size])]
     return jax.lax.switch(kind, moves)
 
 

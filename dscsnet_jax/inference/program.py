@@ -63,4 +63,4 @@ def estimate(windows: Observation, start: Targets, known: Known, key: jax.Array)
     """
     selected = select(windows, start, known)
     posterior = sample(windows, selected.fit.targets, known, key)
-    return Answer(*selected, posterior)
+    return Answer(selected.fit, selected.log_evidence, posterior)

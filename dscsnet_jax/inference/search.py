@@ -33,10 +33,12 @@ class Selected(NamedTuple):
     Attributes:
       fit: of the best count.
       log_evidence: (B, K+1) of each count that was tried and can be; -inf of the others.
+      of_counts: `Targets` (B, K+1, K, ...), the best that were found of each count.
     """
 
     fit: Fit
     log_evidence: jax.Array
+    of_counts: Targets
 
 
 def select(
@@ -67,7 +69,11 @@ def select(
     phases = jnp.where(compare, _DONE, _HEAT_ONE)
     state = _search(windows, start, known, phases, only_add=only_add)
     possible = jnp.isfinite(known.prior.log_count(jnp.arange(state.table.shape[1]), float))
-    return Selected(state.best, jnp.where(possible[None], state.table, -jnp.inf))
+    # A start that was better than its fit tells of no better count.
+    kept = state.best.targets.mask.sum(1, keepdims=True)
+    table = jnp.minimum(state.table, jnp.take_along_axis(state.table, kept, 1))
+    table = jnp.where(possible[None], table, -jnp.inf)
+    return Selected(state.best, table, state.of_counts)
 
 
 # Phases of the search; in each some starts are fitted, for so many iterations.
@@ -90,6 +96,7 @@ class _Search(NamedTuple):
       best: fits (B,) of the best counts so far.
       evidence: (B,) of them.
       table: (B, K+1) evidence of each count.
+      of_counts: `Targets` (B, K+1, K, ...) that have it.
       doubt: (B,) degree of doubt.
       todo: (B,) bool, windows to be compared in this round.
     """
@@ -104,6 +111,7 @@ class _Search(NamedTuple):
     best: Fit
     evidence: jax.Array
     table: jax.Array
+    of_counts: Targets
     doubt: jax.Array
     todo: jax.Array
 
@@ -131,6 +139,7 @@ def _search(
         best=empty,
         evidence=unknown[:, 0],
         table=jnp.full((length, slots + 1), -jnp.inf, unknown.dtype),
+        of_counts=jax.tree.map(lambda a: jnp.zeros_like(a, shape=_counts_of(a)), starts),
         doubt=jnp.zeros(length, jnp.int32),
         todo=jnp.ones(length, bool),
     )
@@ -206,12 +215,11 @@ def _slow(state: _Search, *, windows: Observation, known: Known, only_add: bool)
     degree = jnp.full_like(state.doubt, DOUBTED) if only_add else doubt(best, windows, known)
     excluded = jnp.isneginf(known.prior.log_count(best.targets.mask.sum(-1), evidence.dtype))
     degree = jnp.where(_tells(windows), jnp.where(excluded, DOUBTED, degree), 0)
-    table = _noted(state.table, best.targets.mask[:, None], state.reached[:, :1])
+    state = _noted(state, _alone(best.targets), state.reached[:, :1])
     return state._replace(
         phase=state.phase + 1,
         best=best,
         evidence=evidence,
-        table=table,
         doubt=degree,
         todo=degree > 0,
     )
@@ -242,8 +250,8 @@ def _heat_one(state: _Search, **_: Any) -> _Search:
     reached = jnp.where(state.entered, state.reached, -jnp.inf)
     order = jnp.argsort(jnp.argsort(-reached, axis=1, stable=True), axis=1, stable=True)
     entered = (order < _HEAT_WINNERS) & jnp.isfinite(reached)
-    table = _noted(state.table, state.starts.mask, reached)
-    return state._replace(phase=state.phase + 1, wanted=entered, entered=entered, table=table)
+    state = _noted(state, state.starts, reached)
+    return state._replace(phase=state.phase + 1, wanted=entered, entered=entered)
 
 
 def _heat_two(state: _Search, **_: Any) -> _Search:
@@ -252,10 +260,9 @@ def _heat_two(state: _Search, **_: Any) -> _Search:
     winner = jnp.argmax(reached, axis=1)
     rows = jnp.arange(winner.shape[0])
     wanted = _own(state, reached[rows, winner] > state.evidence)
-    return state._replace(
+    return _noted(state, state.starts, reached)._replace(
         phase=state.phase + 1,
         starts=jax.tree.map(lambda a: a.at[:, 0].set(a[rows, winner]), state.starts),
-        table=_noted(state.table, state.starts.mask, reached),
         wanted=wanted,
         entered=wanted,
     )
@@ -267,11 +274,10 @@ def _winner(state: _Search, **_: Any) -> _Search:
     reached = jnp.where(hopeful, state.reached[:, 0], -jnp.inf)
     better = hopeful & (reached > state.evidence)
     changed = state.trial.targets.mask.sum(1) != state.best.targets.mask.sum(1)
-    return state._replace(
+    return _noted(state, _alone(state.trial.targets), reached[:, None])._replace(
         phase=jnp.full_like(state.phase, _HEAT_ONE),
         best=_chosen(better, state.trial, state.best),
         evidence=jnp.where(better, reached, state.evidence),
-        table=_noted(state.table, state.trial.targets.mask[:, None], reached[:, None]),
         doubt=jnp.where(hopeful, DOUBTED, state.doubt),
         todo=better & changed,
     )
@@ -286,13 +292,30 @@ def _with_rows(old: Any, index: jax.Array, new: Any) -> Any:
 
 
 def _chosen(better: jax.Array, new: Any, old: Any) -> Any:
+    """Trees of values whose first axes are those of `better`."""
+
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(better.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+        return jnp.where(better.reshape(*better.shape, *(1,) * (a.ndim - better.ndim)), a, b)
 
     return jax.tree.map(choose, new, old)
 
 
-def _noted(table: jax.Array, mask: jax.Array, evidence: jax.Array) -> jax.Array:
-    """The table (B, K+1) with the evidence (B, n) of targets (B, n, K)."""
-    rows = jnp.arange(table.shape[0])[:, None]
-    return table.at[rows, mask.sum(-1)].max(evidence)
+def _alone(targets: Targets) -> Targets:
+    """Targets (B, K, ...) as the one start of each window."""
+    return jax.tree.map(lambda a: a[:, None], targets)
+
+
+def _counts_of(a: jax.Array) -> tuple[int, ...]:
+    """Shape of values (B, K, ...) of targets for each count."""
+    return (a.shape[0], a.shape[1] + 1, *a.shape[1:])
+
+
+def _noted(state: _Search, targets: Targets, evidence: jax.Array) -> _Search:
+    """The table with targets (B, n, K, ...) of this evidence (B, n)."""
+    count = jnp.arange(state.table.shape[1])[None, None]
+    of_count = jnp.where(targets.mask.sum(-1)[..., None] == count, evidence[..., None], -jnp.inf)
+    reached, index = of_count.max(1), of_count.argmax(1)
+    rows = jnp.arange(len(index))[:, None]
+    best = jax.tree.map(lambda a: a[rows, index], targets)
+    of_counts = _chosen(reached > state.table, best, state.of_counts)
+    return state._replace(table=jnp.maximum(state.table, reached), of_counts=of_counts)

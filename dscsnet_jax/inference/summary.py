@@ -17,6 +17,8 @@ LARGEST_RHAT = 1.1
 """R-hat below which chains agree."""
 ENOUGH_SAMPLES = 50
 """Effective samples that know the spread to 10 %; with fewer, chains agree by chance."""
+RADII = (0.05, 0.10, 0.15, 0.20, 0.25)
+"""Pixels, within which a target counts as found: those of CSO-mAP."""
 _LARGEST_SHARE = 1 / 3  # one over the least effective number of samples
 
 
@@ -33,6 +35,8 @@ class Posterior:
       rhat: (B,) rank-normalised split R-hat of the worst parameter.
       acceptance: (B,) share of accepted steps.
       converged: (B,) bool: R-hat is below 1.1.
+      confidence: (B, K) expected share of the `RADII` within which a target lies, given that
+        there are so many.
       psf_slope: (B, P) derivatives of the log evidence by the coordinates of the PSF
         (`psf_coordinates`), which are the posterior means of those of the log likelihood
         (Fisher's identity); P = 0 unless asked for.
@@ -47,6 +51,7 @@ class Posterior:
     rhat: jax.Array
     acceptance: jax.Array
     converged: jax.Array
+    confidence: jax.Array
     psf_slope: jax.Array
     samples: jax.Array | None = None
 
@@ -184,6 +189,23 @@ def summarise(
         rhat=rhat,
         acceptance=acceptance,
         converged=rhat < LARGEST_RHAT,
+        confidence=_confidence(samples[:, :, :2], used[:, 0]).T,
         psf_slope=jnp.moveaxis(psf_slope, -1, 0),
         samples=jnp.moveaxis(samples, -1, 0) * present[:, None] if keep_samples else None,
     )
+
+
+def _confidence(samples: jax.Array, mask: jax.Array) -> jax.Array:
+    """(K, L) expected share of the radii around the mean place that hold a target.
+
+    Args:
+      samples: (S, K, 2, L) rows and cols.
+      mask: (K, L) targets that are there.
+    """
+
+    def one(centre: jax.Array) -> jax.Array:
+        distance = ((samples - centre[None, None]) ** 2).sum(2)
+        nearest = jnp.where(mask[None], distance, jnp.inf).min(1)
+        return jnp.stack([nearest <= r**2 for r in RADII]).mean((0, 1), dtype=samples.dtype)
+
+    return jnp.where(mask, jax.lax.map(one, samples.mean(0)), 0)

@@ -35,6 +35,7 @@ NUM_BURN_IN = 8
 THINNING = 6
 _ACCEPTANCE = 0.1
 _TIMES = (1, 1, 2, 4, 8)  # as many steps a sample in each turn of a window whose chains disagree
+_LINEAR_TIMES = (1, 1, 1, 2, 4)  # of which some are trajectories
 NUM_TURNS = len(_TIMES)
 _FIRST_WEIGHT = 200.0  # samples that the shape before is worth: few make one that is too narrow
 _WIDER = 1.15  # than the samples: what the prior cuts off has its corners far out
@@ -94,7 +95,6 @@ def turn(
       `Posterior`, and the chains to go on with.
     """
     shared, keys = jax.random.fold_in(key, 1), streams(key, windows)
-    times = jnp.asarray(_TIMES, jnp.int32)[number]
     num_windows, num_chains, size = chains.theta.shape
     thinning *= start.mask.shape[1]  # a walk's samples are alike for as long as it has parameters
 
@@ -109,14 +109,17 @@ def turn(
     lanes = partial(jax.tree.map, lambda a: tiled(to_lanes(a)))
     mask = lanes(start.mask)
     model = scene_model(lanes(windows), mask, known, softness=HARD, uniform=True)
+    times = jnp.asarray(_LINEAR_TIMES if model.linear else _TIMES, jnp.int32)[number]
     fitted = lanes(chains.fitted)
     theta = jnp.moveaxis(chains.theta, -1, 0).swapaxes(1, 2).reshape(size, 1, -1)
     sequential = known.prior.places == "sequential" and known.prior.cluster_size is not None
 
+    def log_density(theta: jax.Array) -> jax.Array:
+        return model.log_likelihood(theta) + model.log_prior(theta) + model.log_squares(theta)
+
     def density(theta: jax.Array) -> jax.Array:
         """Log posterior of targets numbered as they are fitted: the steps' shape is theirs."""
-        total = model.log_likelihood(theta) + model.log_prior(theta) + model.log_squares(theta)
-        return jnp.where(is_numbered(theta, fitted, mask), total, -jnp.inf)
+        return jnp.where(is_numbered(theta, fitted, mask), log_density(theta), -jnp.inf)
 
     def slope(theta: jax.Array) -> jax.Array:
         """Derivatives of the log likelihood (P, 1, C) by the coordinates of the PSF."""
@@ -140,11 +143,12 @@ def turn(
 
         def step(carry: tuple[_State, jax.Array], drawn: jax.Array) -> tuple[tuple, None]:
             state, taken = carry
-            kind = kind_of(drawn[0, 0, 0], model)
+            kind = kind_of(drawn[0, 0, 0], model, number)
             u = drawn[1:] + shift
             u = u - (u >= 1)
             length = jnp.exp(state.log_length)
-            proposed, gain = propose(state.theta, state.shape, length, model, fitted, kind, u)
+            at = state.theta, state.shape, length
+            proposed, gain = propose(*at, model, fitted, kind, u, log_density)
             new = density(proposed)
             ratio = jnp.minimum(new - state.density + gain, 0)
             share = jnp.where(new > -jnp.inf, jnp.exp(ratio), 0)

@@ -1,20 +1,20 @@
-"""Catalog: tables of targets as CSV, ECSV (astropy) or Parquet (pyarrow).
+"""Catalog: tables of targets, and of frames, as CSV, ECSV (astropy) or Parquet (pyarrow).
 
-One row per target; a frame without targets has no row.
+A catalog has one row per target; a frame without targets has none. A table of frames has one row
+per frame.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dscsnet_jax.io import tables
 from dscsnet_jax.io.outputs import prepare_output, replacing
 from dscsnet_jax.physics.targets import Targets
 
@@ -31,6 +31,8 @@ class Catalog:
       row_std, col_std: float64 standard deviations, pixels; NaN where unknown.
       intensity_std: float64 standard deviation, counts; NaN where unknown.
       status: str, flags of the target; empty where there is nothing to say.
+      confidence: float64, expected share of the radii 0.05, 0.10 .. 0.25 pixels within which a
+        true target lies; NaN where unknown.
     """
 
     frame: np.ndarray
@@ -42,14 +44,53 @@ class Catalog:
     col_std: np.ndarray
     intensity_std: np.ndarray
     status: np.ndarray
+    confidence: np.ndarray
 
     def __len__(self) -> int:
         return len(self.frame)
 
 
+@dataclass(frozen=True, eq=False)
+class FrameTable:
+    """What is known of frames as a whole, one array of the same length per column.
+
+    Attributes:
+      frame: str, name of the frame.
+      count: int64 number of targets.
+      probability: float64, that there are so many; NaN where unknown.
+      runner_up: int64, the most probable other number; -1 where unknown.
+      runner_up_probability: float64; NaN where unknown.
+      noise, pedestal, background: float64, as told or estimated, counts.
+      residual: float64 root mean square of frame minus model, counts.
+      status: str, flags of the frame or any target of it, or `ok`.
+    """
+
+    frame: np.ndarray
+    count: np.ndarray
+    probability: np.ndarray
+    runner_up: np.ndarray
+    runner_up_probability: np.ndarray
+    noise: np.ndarray
+    pedestal: np.ndarray
+    background: np.ndarray
+    residual: np.ndarray
+    status: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+
+Table = TypeVar("Table", Catalog, FrameTable)
 COLUMNS = tuple(field.name for field in fields(Catalog))
-_TYPES: dict[str, type] = {"frame": str, "target": int, "status": str}
-_UNITS = {
+_LATER = ("confidence",)  # columns that older catalogs lack
+_TYPES: dict[str, type] = {
+    "frame": str,
+    "target": int,
+    "status": str,
+    "count": int,
+    "runner_up": int,
+}
+_UNITS = dict.fromkeys(("noise", "pedestal", "background", "residual"), "ct") | {
     "row": "pix",
     "col": "pix",
     "intensity": "ct",
@@ -65,6 +106,7 @@ def from_targets(
     *,
     std: ArrayLike | None = None,
     status: ArrayLike | None = None,
+    confidence: ArrayLike | None = None,
 ) -> Catalog:
     """The catalog of a batch of frames, in the order of the frames and their slots.
 
@@ -73,6 +115,7 @@ def from_targets(
       targets: `Targets` of shapes (B, K, 2), (B, K), (B, K).
       std: (B, K, 3) standard deviations of row, col (pixels), intensity (counts).
       status: text per frame, (B,), or per target, (B, K).
+      confidence: (B, K), see `Catalog`.
 
     Returns:
       A `Catalog` with one row per present target.
@@ -99,6 +142,9 @@ def from_targets(
     if flags.shape not in ((), mask.shape[:1], mask.shape):
         raise ValueError(f"status: expected shape {mask.shape[:1]} or {mask.shape}")
     flags = np.broadcast_to(flags[:, None] if flags.ndim == 1 else flags, mask.shape)
+    trust = np.full(mask.shape, np.nan) if confidence is None else np.asarray(confidence, float)
+    if trust.shape != mask.shape:
+        raise ValueError(f"confidence: expected shape {mask.shape}, got {trust.shape}")
     frame, slot = np.nonzero(mask)
     row, col, intensity = table[frame, slot].T
     row_std, col_std, intensity_std = errors[frame, slot].T
@@ -112,16 +158,20 @@ def from_targets(
         col_std=col_std,
         intensity_std=intensity_std,
         status=flags[frame, slot],
+        confidence=trust[frame, slot],
     )
 
 
-def concatenate(catalogs: Sequence[Catalog]) -> Catalog:
-    """One catalog of several, one after the other.
+def concatenate(several: Sequence[Table]) -> Table:
+    """One table of several of a kind, one after the other.
 
     Raises:
       ValueError: if there are none.
     """
-    return Catalog(*(np.concatenate([getattr(c, name) for c in catalogs]) for name in COLUMNS))
+    if not several:
+        raise ValueError("need at least one table to concatenate")
+    names = _columns(several[0])
+    return type(several[0])(*(np.concatenate([getattr(t, n) for t in several]) for n in names))
 
 
 def prepare_catalog(path: str | Path, *, force: bool = False) -> Path:
@@ -141,14 +191,15 @@ def prepare_catalog(path: str | Path, *, force: bool = False) -> Path:
       OSError: if it cannot be written.
     """
     path = Path(path)
-    _require(path)
+    tables.require(path)
     return prepare_output(path, force=force)
 
 
-def write_catalog(path: str | Path, catalog: Catalog, *, force: bool = False) -> None:
-    """Write a catalog in the format of the suffix; numbers keep all their digits.
+def write_catalog(path: str | Path, catalog: Catalog | FrameTable, *, force: bool = False) -> None:
+    """Write a catalog, or a table of frames, in the format of the suffix.
 
-    CSV is UTF-8 with decimal points; an unknown standard deviation is an empty field.
+    Numbers keep all their digits. CSV is UTF-8 with decimal points; an unknown number is an
+    empty field.
 
     Args:
       path: file with the suffix `.csv`, `.ecsv` or `.parquet`.
@@ -165,16 +216,18 @@ def write_catalog(path: str | Path, catalog: Catalog, *, force: bool = False) ->
       >>> with tempfile.TemporaryDirectory() as home:
       ...     write_catalog(f"{home}/t.csv", table)
       ...     print(Path(home, "t.csv").read_text(), end="")
-      frame,target,row,col,intensity,row_std,col_std,intensity_std,status
-      a.png,0,1.0,2.5,240.0,,,,
+      frame,target,row,col,intensity,row_std,col_std,intensity_std,status,confidence
+      a.png,0,1.0,2.5,240.0,,,,,
     """
     path = prepare_catalog(path, force=force)
     with replacing(path) as partial:
-        _FORMATS[path.suffix.lower()].write(partial, catalog)
+        tables.write(partial, _columns(catalog), _UNITS, suffix=path.suffix)
 
 
 def read_catalog(path: str | Path) -> Catalog:
     """Read a catalog; the columns are found by name, others are ignored.
+
+    Catalogs of before `confidence` was a column have none known.
 
     Args:
       path: file with the suffix `.csv`, `.ecsv` or `.parquet`.
@@ -188,16 +241,18 @@ def read_catalog(path: str | Path) -> Catalog:
       ValueError: if the file is no catalog; the message names it and the column.
     """
     path = Path(path)
-    _require(path)
+    tables.require(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        columns = _FORMATS[path.suffix.lower()].read(path)
+        columns = tables.read(path)
     except Exception as error:
         raise ValueError(f"{path}: not a readable catalog ({error})") from error
-    missing = [name for name in COLUMNS if name not in columns]
+    missing = [name for name in COLUMNS if name not in (*columns, *_LATER)]
     if missing:
         raise ValueError(f"{path}: columns {', '.join(missing)} are missing")
+    unknown = [""] * len(columns["frame"])
+    columns = dict.fromkeys(_LATER, unknown) | dict(columns)
     return Catalog(*(_typed(path, name, columns[name]) for name in COLUMNS))
 
 
@@ -219,92 +274,16 @@ def _typed(path: Path, name: str, column: Sequence) -> np.ndarray:
     return np.array(values, kind)
 
 
-def _write_csv(path: Path, catalog: Catalog) -> None:
-    columns = [getattr(catalog, name).tolist() for name in COLUMNS]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in zip(*columns, strict=True):
-            writer.writerow(["" if value != value else value for value in row])
+def _columns(table: Catalog | FrameTable) -> dict[str, np.ndarray]:
+    """The columns by name."""
+    return {field.name: getattr(table, field.name) for field in fields(table)}
 
 
-def _read_csv(path: Path) -> Mapping[str, Sequence]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = list(csv.reader(file, strict=True))
-    if not lines:
-        raise ValueError("the file is empty")
-    header, *rows = lines
-    for i, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            raise ValueError(f"row {i} has {len(row)} fields, the header {len(header)}")
-    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
-
-
-def as_astropy(catalog: Catalog) -> Any:
+def as_astropy(catalog: Catalog | FrameTable) -> Any:
     """The catalog as an `astropy.table.Table` with units."""
-    from astropy.table import Table
-
-    table = Table({name: getattr(catalog, name) for name in COLUMNS})
-    for name, unit in _UNITS.items():
-        table[name].unit = unit
-    return table
+    return tables.as_astropy(_columns(catalog), _UNITS)
 
 
-def as_arrow(catalog: Catalog) -> Any:
+def as_arrow(catalog: Catalog | FrameTable) -> Any:
     """The catalog as a `pyarrow.Table`."""
-    from pyarrow import table
-
-    return table({name: getattr(catalog, name) for name in COLUMNS})
-
-
-def _write_ecsv(path: Path, catalog: Catalog) -> None:
-    as_astropy(catalog).write(path, format="ascii.ecsv")
-
-
-def _read_ecsv(path: Path) -> Mapping[str, Sequence]:
-    from astropy.table import Table
-
-    table = Table.read(path, format="ascii.ecsv")
-    return {name: table[name].tolist() for name in table.colnames}
-
-
-def _write_parquet(path: Path, catalog: Catalog) -> None:
-    from pyarrow import parquet
-
-    parquet.write_table(as_arrow(catalog), path)
-
-
-def _read_parquet(path: Path) -> Mapping[str, Sequence]:
-    from pyarrow import parquet
-
-    return parquet.read_table(path).to_pydict()
-
-
-@dataclass(frozen=True)
-class _Format:
-    """How one suffix is written and read, and the package it takes."""
-
-    write: Callable[[Path, Catalog], None]
-    read: Callable[[Path], Mapping[str, Sequence]]
-    module: str
-
-
-_FORMATS = {
-    ".csv": _Format(_write_csv, _read_csv, "csv"),
-    ".ecsv": _Format(_write_ecsv, _read_ecsv, "astropy.table"),
-    ".parquet": _Format(_write_parquet, _read_parquet, "pyarrow.parquet"),
-}
-
-
-def _require(path: Path) -> None:
-    """Raise unless the suffix is known and its package installed."""
-    suffix = path.suffix.lower()
-    if suffix not in _FORMATS:
-        raise ValueError(f"{path}: expected one of {', '.join(_FORMATS)}, got {suffix!r}")
-    module = _FORMATS[suffix].module
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: {suffix} needs {module.partition('.')[0]}: pip install 'dscsnet_jax[catalog]'"
-        ) from error
+    return tables.as_arrow(_columns(catalog))

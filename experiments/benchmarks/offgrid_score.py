@@ -4,10 +4,10 @@
     python experiments/benchmarks/offgrid_score.py --preset csist_float --read-noise 2
     python experiments/benchmarks/offgrid_score.py --num 1500 --known told learned nothing
 
-prints, per method and estimate: CSO-mAP, frames with the right count, share of position
-errors within one and two reported standard deviations, median position error of frames
-with two targets, and frames per second. The limit's row is that of the first frames, its time
-with compiling.
+prints, per method and estimate: CSO-mAP by intensity and by confidence, frames with the right
+count, share of position errors within one and two reported standard deviations, targets that have
+not converged, median position error of frames with two targets, and frames per second. The limit's
+row is that of the first frames, its time with compiling.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main() -> None:
     if preset.sensor.quantised and preset.sensor.saturation == np.iinfo(np.uint8).max:
         frames = frames.astype(np.uint8)  # as files hold them: the full well is seen
     print(f"{preset.name} {changes or ''}: {args.num} test frames, {jax.devices()[0].device_kind}")
-    head = ("method", "mAP", "AP05", "AP25", "count %", "in 1s %", "in 2s %", "median2 px", "fps")
-    print(f"{head[0]:<22}" + "".join(f"{name:>12}" for name in head[1:]))
+    head = "mAP", "AP05", "AP25", "ranked", "count %", "in 1s %", "in 2s %", "not conv %"
+    print(f"{'method':<22}" + "".join(f"{name:>12}" for name in (*head, "median2 px", "fps")))
     for what in args.known:
         known = preset.known if what == "told" else Known()
         if what == "learned":
@@ -78,19 +78,22 @@ def main() -> None:
 
 def show(name: str, answer: UnmixResult, truth: Targets, seconds: float) -> None:
     """One row of the table."""
-    scores = evaluate(answer.targets, truth)
+    trusted = None if np.isnan(answer.confidence).any() else answer.confidence
+    scores = evaluate(answer.targets, truth, confidence=trusted)
     within = coverage(answer, truth)
     two = np.flatnonzero(np.asarray(truth.count) == 2)
     of_two = [jax.tree.map(lambda a: np.asarray(a)[two], t) for t in (answer.targets, truth)]
     median = evaluate(*of_two).matches.position_median if len(two) else np.nan
-    values = scores.cso.as_dict()
+    values = scores.as_dict()
     cells = (
         f"{values['mAP']:12.2f}",
         f"{values['AP05']:12.2f}",
         f"{values['AP25']:12.2f}",
+        f"{values.get('mAP_ranked', np.nan):12.2f}",
         f"{100 * scores.count_accuracy:12.2f}",
         f"{within[0]:12.1f}",
         f"{within[1]:12.1f}",
+        f"{100 * answer.not_converged.sum() / max(scores.detections, 1):12.1f}",
         f"{median:12.4f}",
         f"{len(truth.count) / seconds:12.0f}",
     )

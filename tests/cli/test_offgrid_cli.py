@@ -181,16 +181,26 @@ def test_evaluate_uses_the_record_unless_it_is_blind(
 
 @pytest.mark.usefixtures("few_targets")
 def test_unmix_writes_errors_and_statuses(csist: Path, tmp_path: Path, capsys: Captured) -> None:
-    out = tmp_path / "targets.csv"
-    argv = ["unmix", str(csist / "cso_img"), "--out", str(out)]
+    out, of_frames = tmp_path / "targets.csv", tmp_path / "frames.csv"
+    argv = ["unmix", str(csist / "cso_img"), "--out", str(out), "--frames-out", str(of_frames)]
     assert main([*argv, "--prior", "csist", "--noise", "0", "--background", "0"]) == 0
     with out.open() as file:
         rows = list(csv.DictReader(file))
+    with of_frames.open() as file:
+        frames = {row["frame"]: row for row in csv.DictReader(file)}
+    assert len(frames) == FRAMES
     truth = read_csist(csist).targets
     by_frame = [[row for row in rows if row["frame"] == f"image_{i}.png"] for i in range(FRAMES)]
     assert [len(found) for found in by_frame] == truth.count.tolist()
     flags = {"near_edge", "saturated", "unresolved", "not_converged", "unexplained"}
     assert all(set(row["status"].split("|")) <= flags | {"ok"} for row in rows)
+    for number, found in enumerate(by_frame):
+        frame = frames[f"image_{number}.png"]
+        assert int(frame["count"]) == len(found) != int(frame["runner_up"])
+        assert float(frame["probability"]) > 0.99
+        said = {flag for row in found for flag in row["status"].split("|")} - {"ok"}
+        assert set(frame["status"].split("|")) - {"ok"} == said
+    assert all(0 < float(row["confidence"]) <= 1 for row in rows)
     assert sum(row["status"] == "ok" for row in rows) > len(rows) / 2
     std = np.array([[float(row[f"{k}_std"]) for k in ("row", "col", "intensity")] for row in rows])
     assert np.isfinite(std).all()
@@ -206,6 +216,8 @@ def test_unmix_writes_errors_and_statuses(csist: Path, tmp_path: Path, capsys: C
         assert z.max(-1).min(0).max() < 6
     summary = capsys.readouterr().out
     assert summary.startswith(f"{FRAMES} frames, {len(rows)} targets, 0 frames without targets\n")
+    assert main([*argv, "--force", "--frames-out", str(out)]) == 2
+    assert "--out and --frames-out are the same file" in capsys.readouterr().err
 
 
 def test_the_width_of_the_psf_is_fitted_to_all_frames(

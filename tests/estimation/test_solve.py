@@ -10,6 +10,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from dscsnet_jax.estimation import solve as solving
+from dscsnet_jax.estimation import windows
 from dscsnet_jax.estimation.solve import Solved, selected, solve
 from dscsnet_jax.estimation.windows import Windows, flat
 from dscsnet_jax.inference.known import Known
@@ -319,8 +320,8 @@ def test_probabilities_of_groups_are_folded(seen: Observation) -> None:
         fit = type("Fit", (), {"targets": targets})
         guest = mask & [False, number > 1]
         none = np.zeros(len(frame), bool)
-        window = Windows(np.array(frame), seen, targets, guest, none)
-        return window, Selected(fit, table)  # type: ignore[arg-type]
+        window = Windows(np.array(frame), seen, targets, guest, none, np.zeros_like(mask))
+        return window, Selected(fit, table, targets)  # type: ignore[arg-type]
 
     counted = [
         part([0, 2, 0], [[0.1, 0.9, 0.0], [0.0, 0.5, 0.5], [0.25, 0.0, 0.75]]),
@@ -340,15 +341,16 @@ def test_chains_from_the_start_itself(
 ) -> None:
     """Where they forget it they find the same, by the errors of their means."""
     given = jax.tree.map(lambda a: a[:8], (seen, noisy[0]))
-    told = {"max_targets": SLOTS, "fixed_count": True, "from_start": True}
-    answer = solve(given[0], flat(given[1]), KNOWN, **told)
-    alone = np.asarray(answer.targets.count) <= 2
+    posteriors = solving.sampled(given[0], flat(given[1]), KNOWN, seed=0)
+    found, _ = windows.gather([(w, p.targets, ()) for w, p in posteriors])
+    targets, *_ = windows.padded(found, [], 8, SLOTS)
+    alone = np.asarray(targets.count) <= 2
     assert alone.sum() >= 3
-    there = np.asarray(answer.targets.mask) & alone[:, None]
+    there = np.asarray(targets.mask) & alone[:, None]
     error = averaged.std[:8] / np.sqrt(np.maximum(averaged.effective_sample_size[:8], 1))[..., None]
     both = np.sqrt(2) * error[..., :2]
     # Numbered by brightness: of two as bright either may come first.
-    off = np.sort(answer.targets.position, 1) - np.sort(averaged.targets.position[:8], 1)
+    off = np.sort(targets.position, 1) - np.sort(averaged.targets.position[:8], 1)
     assert (off != 0).any()
     assert np.abs(off / np.where(there[..., None], np.maximum(both, 1e-9), np.inf)).max() < 5
 

@@ -434,8 +434,10 @@ def test_row34_a_fit_that_has_not_settled_is_flagged(monkeypatch: pytest.MonkeyP
     @partial(jax.jit, static_argnames="only_add")
     def stopped(given: tuple, known: Any, compare: Any, *, only_add: bool) -> Any:
         found = fit(*given[:2], known, num_iterations=0)
-        table = jnp.zeros((len(found.theta), found.targets.mask.shape[1] + 1))
-        return Selected(found, table)
+        counts = found.targets.mask.shape[1] + 1
+        table = jnp.zeros((len(found.theta), counts))
+        same = jax.tree.map(lambda a: jnp.repeat(a[:, None], counts, 1), found.targets)
+        return Selected(found, table, same)
 
     monkeypatch.setattr(solving, "_select", stopped)
     answer = in_map(frames, read_noise=1.0, background=0.0)

@@ -359,6 +359,16 @@ def test_rows2_and_3_constant_frames_are_finite(level: float) -> None:
             assert np.isfinite(value).all()
 
 
+def test_targets_without_light_keep_none_from_finding_it() -> None:
+    """Their places tell nothing, and may lie anywhere: steps of the light do not wait for them."""
+    truth = from_lists([[(5.0, 5.0, 240.0)]])
+    places = [(4.2, 4.7), (4.8, 5.0), (4.2, 5.1), (5.9, 4.9)]
+    dark = from_lists([[(*place, 1e-9) for place in places]])
+    found = jit_fit(seen_as(recorded(0.0, truth), 1.0, level=10.0), dark, PLAIN)
+    np.testing.assert_allclose(found.targets.intensity.sum(1), 240, rtol=1e-2)
+    assert (found.chi_square < 1).all()
+
+
 @pytest.mark.parametrize("apart", [0.0, 1e-6])
 def test_row13_coincident_targets_have_no_certain_place(apart: float) -> None:
     truth = from_lists([[(5.1, 5.2, 120.0), (5.1, 5.2, 130.0), (2.0, 2.0, 200.0)]] * 4)

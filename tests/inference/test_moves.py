@@ -1,5 +1,7 @@
 """Moves of all parameters keep the Gaussian distribution that shapes them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +33,13 @@ def moved(shape, theta, length, u, kind=WALK):
     seen = observe(np.zeros((1, 3, 3)), Sensor(read_noise=1.0, background=0.0))
     seen = jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 0, -1)[..., None], seen)
     model = scene_model(seen, jnp.ones((2, 1, 1), bool), Known(psf=Gaussian(np.float64(0.5))))
-    return propose(theta, shape, jnp.asarray(length)[None], model, theta, kind, u)
+    told = shape, jnp.asarray(length)[None], model, theta, kind, u
+    return propose(theta, *told, partial(log_density, shape))
 
 
 @lanes_last
 def log_density(shape, theta):
-    unit = np.einsum("pqc,qsc->psc", shape.inverse[:, :, 0], theta - shape.mean)
+    unit = jnp.einsum("pqc,qsc->psc", shape.inverse[:, :, 0], theta - shape.mean)
     return -(unit**2).sum(0) / 2
 
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dscsnet_jax.io import tables
 from dscsnet_jax.io.catalog import (
     COLUMNS,
     Catalog,
+    FrameTable,
     concatenate,
     from_targets,
     prepare_catalog,
@@ -29,7 +31,8 @@ def example() -> Catalog:
     std[0, 1] = np.inf
     std[2, 0, 1] = np.nan
     status = [["", "near_edge|saturated"], ["", ""], ["unresolved", ""]]
-    return from_targets(NAMES, targets, std=std, status=status)
+    confidence = [[0.5, 1 / 3], [0.0, 0.0], [np.nan, 0.0]]
+    return from_targets(NAMES, targets, std=std, status=status, confidence=confidence)
 
 
 def assert_same(got: Catalog, expected: Catalog) -> None:
@@ -40,7 +43,7 @@ def assert_same(got: Catalog, expected: Catalog) -> None:
 
 
 def test_columns_are_the_contract() -> None:
-    text = "frame,target,row,col,intensity,row_std,col_std,intensity_std,status"
+    text = "frame,target,row,col,intensity,row_std,col_std,intensity_std,status,confidence"
     assert ",".join(COLUMNS) == text
 
 
@@ -101,9 +104,9 @@ def test_csv_text_is_plain(tmp_path: Path) -> None:
     write_catalog(tmp_path / "t.csv", example())
     assert (tmp_path / "t.csv").read_bytes().decode("utf-8").splitlines() == [
         ",".join(COLUMNS),
-        "a.png,0,0.1,0.3333333333333333,240.0,0.0,0.14285714285714285,0.2857142857142857,",
-        "a.png,1,2.0,1e-300,-5.5,inf,inf,inf,near_edge|saturated",
-        "ü.npy[3],0,1e+22,3.0,250.0,1.7142857142857142,,2.0,unresolved",
+        "a.png,0,0.1,0.3333333333333333,240.0,0.0,0.14285714285714285,0.2857142857142857,,0.5",
+        "a.png,1,2.0,1e-300,-5.5,inf,inf,inf,near_edge|saturated,0.3333333333333333",
+        "ü.npy[3],0,1e+22,3.0,250.0,1.7142857142857142,,2.0,unresolved,",
     ]
 
 
@@ -136,7 +139,7 @@ def test_extra_columns_and_byte_order_mark_are_ignored(tmp_path: Path) -> None:
         ("intensity,", "flux,", "columns intensity are missing"),
         ("240.0", '"240,0"', "row 1, column intensity: expected float, got '240,0'"),
         ("a.png,1", "a.png,one", "row 2, column target: expected int, got 'one'"),
-        ("unresolved", "unresolved,1", "row 3 has 10 fields, the header 9"),
+        ("unresolved", "unresolved,1", "row 3 has 11 fields, the header 10"),
         ("ü", "\udcff", "not a readable catalog"),
     ],
 )
@@ -199,3 +202,40 @@ def test_row5_shapes_that_do_not_fit_are_refused() -> None:
         from_targets(NAMES, targets, std=np.zeros((3, 2, 2)))
     with pytest.raises(ValueError, match=r"status: expected shape \(3,\) or \(3, 2\)"):
         from_targets(NAMES, targets, status=["a", "b"])
+    with pytest.raises(ValueError, match=r"confidence: expected shape \(3, 2\), got \(3,\)"):
+        from_targets(NAMES, targets, confidence=[0.5, 0.5, 0.5])
+
+
+def test_catalogs_of_before_confidence_are_read(tmp_path: Path) -> None:
+    write_catalog(tmp_path / "t.csv", example())
+    lines = (tmp_path / "t.csv").read_text("utf-8").splitlines()
+    (tmp_path / "t.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines), "utf-8")
+    old = read_catalog(tmp_path / "t.csv")
+    assert np.isnan(old.confidence).all()
+    assert old.status.tolist() == example().status.tolist()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_table_of_frames_has_a_row_for_each(tmp_path: Path, suffix: str) -> None:
+    table = FrameTable(
+        frame=np.array(["a", "b"]),
+        count=np.array([2, 0]),
+        probability=np.array([0.75, np.nan]),
+        runner_up=np.array([1, -1]),
+        runner_up_probability=np.array([0.25, np.nan]),
+        noise=np.array([1.5, 2.0]),
+        pedestal=np.zeros(2),
+        background=np.array([10.0, 0.0]),
+        residual=np.array([1.25, 2.5]),
+        status=np.array(["ok", "invalid"]),
+    )
+    path = tmp_path / f"t.{suffix}"
+    both = concatenate([table, table])
+    assert len(both) == 4
+    write_catalog(path, both)
+    columns = tables.read(path)
+    assert tuple(columns) == tuple(vars(table))
+    assert list(columns["count"]) in ([2, 0] * 2, ["2", "0"] * 2)
+    assert list(columns["frame"]) == ["a", "b"] * 2
+    with pytest.raises(ValueError, match="columns target, row"):
+        read_catalog(path)
