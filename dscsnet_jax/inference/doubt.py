@@ -21,7 +21,7 @@ NEAR, DOUBTED = 1, 2
 _UNEXPLAINED = 3.0  # standard deviations of chi square
 _PEAK = 3.5  # signal-to-noise ratio of what may be a further target
 _DOUBTFUL_SNR = 6.0
-_SHAPED_SNR = 20.0  # of a target, from which the window's shape alone tells the count
+_SHAPED_SNR = 20.0  # of a target, from which the window's shape alone tells that it is one
 _LIGHT = 4.0  # standard deviations of the light, within which another count may explain it
 _DOUBTFUL_LATENT = 2.0  # standard deviations expected of fits
 _LEAST_SPREAD = 0.01  # of the prior's variance
@@ -104,9 +104,12 @@ def _light(best: Fit, windows: Observation, known: Known) -> _Light:
 
 
 def _ambiguous(at: _Light, number: jax.Array, prior: ScenePrior) -> jax.Array:
-    """(B,) bool: one target more or less makes as much light, and the noise hides the shape."""
+    """(B,) bool: one target more or less makes as much light, and the shape does not tell.
+
+    Of two and more it never does: another one may hide between them.
+    """
     low, high = prior.intensity.range  # type: ignore[union-attr]
-    blurred = at.light < _SHAPED_SNR * number * at.error
+    blurred = (at.light < _SHAPED_SNR * at.error) | (number > 1)
     ambiguous = jnp.zeros_like(blurred)
     for other in (number - 1, number + 1):
         off = jnp.maximum(other * low - at.light, at.light - jnp.maximum(other, 1) * high)
