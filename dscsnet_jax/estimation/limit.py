@@ -12,6 +12,7 @@ import numpy as np
 from dscsnet_jax.batching import in_blocks, windows_per_block
 from dscsnet_jax.estimation.observed import observed, recorded, with_full_well
 from dscsnet_jax.estimation.result import UnmixResult, solved_result
+from dscsnet_jax.estimation.rivals import Rivals, averaged, between, confidence
 from dscsnet_jax.estimation.solve import Solved
 from dscsnet_jax.estimation.windows import frame_sources
 from dscsnet_jax.inference.known import Known
@@ -57,6 +58,7 @@ def bayes_limit(
     known = with_full_well(known, full_well(getattr(frames, "dtype", float)))
     known = dataclasses.replace(known, psf=as_psf(known.psf)).checked(y.shape)
     told, seen = known.with_weak_prior().for_windows(), observed(y, known.sensor)
+    rivals: Rivals | None = None
     if count is not None:
         number = np.asarray(count, int)
         right = number.shape == (len(y),) and bool((number >= 0).all())
@@ -78,7 +80,9 @@ def bayes_limit(
         best = np.searchsorted(tried, chance.argmax(1))
         stacked = jax.tree.map(lambda *a: np.stack(a), *answers)
         found = jax.tree.map(lambda a: a[best, np.arange(len(y))], stacked)
-    return solved_result(_solved(found, chance, seen, told), known, start="prior")
+        others = jax.tree.map(lambda a: np.moveaxis(a, 0, 1), stacked.posterior.targets)
+        rivals = between(found.posterior.targets, chance[:, tried], others)
+    return solved_result(_solved(found, chance, rivals, seen, told), known, start="prior")
 
 
 def _tempered(seen: Any, number: np.ndarray, slots: int, told: Known, seed: int) -> Tempered:
@@ -93,21 +97,29 @@ def _run(given: tuple[Any, Any], told: Known, seed: jax.Array) -> Tempered:
     return tempered(*given, told, jax.random.key(seed))
 
 
-def _solved(found: Tempered, chance: np.ndarray, seen: Any, told: Known) -> Solved:
+def _solved(
+    found: Tempered, chance: np.ndarray, rivals: Rivals | None, seen: Any, told: Known
+) -> Solved:
     """The posteriors as a solution, targets by falling intensity."""
     posterior = found.posterior
+    std, interval, trust = (
+        np.asarray(a) for a in (posterior.std, posterior.interval, posterior.confidence)
+    )
+    if rivals is not None:
+        trust = confidence(trust, std, rivals)
+        std, interval = averaged(std, interval, rivals, float(np.mean(told.psf.width)))
     order = np.argsort(-np.asarray(posterior.targets.intensity), axis=1, kind="stable")
     rows = np.arange(len(order))[:, None]
     targets = jax.tree.map(lambda a: np.asarray(a)[rows, order], posterior.targets)
     slots = targets.mask.shape
     return Solved(
         targets=targets,
-        std=np.asarray(posterior.std)[rows, order],
-        interval=np.asarray(posterior.interval)[rows, order],
+        std=std[rows, order],
+        interval=interval[rows, order],
         converged=np.broadcast_to(posterior.converged[:, None], slots),
         effective_sample_size=np.broadcast_to(posterior.effective_sample_size[:, None], slots),
         count_probability=chance,
-        confidence=np.asarray(posterior.confidence)[rows, order],
+        confidence=trust[rows, order],
         crowded=np.zeros(slots, bool),
         truncated=np.zeros(len(order), bool),
         observation=seen,

@@ -66,8 +66,8 @@ class UnmixResult:
       start: (B,) text, where the first targets came from: `network`, `detection` or `prior`.
       known: what was known of optics, sensor and scene, the PSF as given or fitted.
       psf_parameters: of a fitted PSF by name: value and standard error; None: none was fitted.
-      samples: (B, S, K, 3) of the posterior: row, col (pixels) and intensity (counts) of the
-        targets, which may exchange their numbers; None unless asked for.
+      samples: (B, S, K, 3) of the posterior at the best count: row, col (pixels) and intensity
+        (counts) of the targets, which may exchange their numbers; None unless asked for.
       maps: (B, cN, cM) sub-pixel maps, counts; None unless asked for.
 
     Example:
@@ -161,7 +161,7 @@ class UnmixResult:
         chance = np.array(self.count_probability)
         own = chance[rows, count]
         chance[rows, count] = -1
-        second = np.where(np.isnan(own), -1, chance.argmax(1))
+        second = np.where(chance.max(1) > 0, chance.argmax(1), -1)  # NaN is not
         return FrameTable(
             frame=np.array(list(names), str),
             count=count.astype(int),

@@ -148,8 +148,11 @@ def solve(
     if estimate == "mean" and len(found.frame):
         posteriors = sampled(observation, found, known, seed=seed, keep_samples=keep_samples)
         means = [(w, p.targets, (*_mean_values(w, p), w.number)) for w, p in posteriors]
+        begun, (chance, offset) = found, values[-2:]
         found, (*of_means, number) = windows.gather(means)
-        values = [*of_means, *(a[number] for a in values[-2:])]
+        shift = begun.position[number] - found.position, begun.intensity[number] - found.intensity
+        offset = offset[number] + np.column_stack(shift)[:, None]
+        values = [*of_means, chance[number], offset]
     values = _over_counts(values, float(np.mean(known.psf.width)))
     targets, values, truncated = windows.padded(found, values, num_frames, max_targets)
     slots = targets.mask.shape

@@ -35,7 +35,7 @@ class Chains(NamedTuple):
       mean: (B, 3K+1) of the distribution that shapes a step of all parameters.
       root: (B, 3K+1, 3K+1) root of its covariance.
       log_length: (B,) of the steps.
-      samples: (B, S, 3K+1, chains) of all turns so far, evenly thinned.
+      samples: (B, S, 3K+1, chains) of all turns so far, the earlier ones thinned.
     """
 
     theta: jax.Array

@@ -5,8 +5,7 @@ distribution as it is, however long they are: that of the fit at first, then mor
 of the samples so far (an adaptation that dies out: Haario, Saksman and Tamminen 2001); their
 length is tuned in a burn-in. The maximum is a poor answer where the posterior is broad or cut
 off by the prior; its mean has the least squared error, and its spread is the error. Windows
-whose chains disagree go on: with every turn they have run twice as long, and keep every other
-sample.
+whose chains disagree go on, with longer turns, and keep every other sample of those before.
 """
 
 from __future__ import annotations

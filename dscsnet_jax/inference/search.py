@@ -69,10 +69,10 @@ def select(
     phases = jnp.where(compare, _DONE, _HEAT_ONE)
     state = _search(windows, start, known, phases, only_add=only_add)
     possible = jnp.isfinite(known.prior.log_count(jnp.arange(state.table.shape[1]), float))
-    # A start that was better than its fit tells of no better count.
+    # A heat that its fit in full did not reach counts for no more than what was kept.
     kept = state.best.targets.mask.sum(1, keepdims=True)
-    table = jnp.minimum(state.table, jnp.take_along_axis(state.table, kept, 1))
-    table = jnp.where(possible[None], table, -jnp.inf)
+    most = jnp.where(possible[kept], jnp.take_along_axis(state.table, kept, 1), jnp.inf)
+    table = jnp.where(possible[None], jnp.minimum(state.table, most), -jnp.inf)
     return Selected(state.best, table, state.of_counts)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import dscsnet_jax as dj
-from dscsnet_jax.estimation.rivals import Rivals, averaged, confidence, rivals_of, within
+from dscsnet_jax.estimation.rivals import Rivals, averaged, between, confidence, rivals_of, within
 from dscsnet_jax.estimation.windows import Windows
+from dscsnet_jax.evaluation.metrics import THRESHOLDS
 from dscsnet_jax.inference.search import Selected
 from dscsnet_jax.inference.summary import RADII
 from dscsnet_jax.physics.targets import Targets, from_lists
@@ -27,10 +28,10 @@ def rivals(*chances: tuple[float, tuple[float, float, float]]) -> Rivals:
 def test_the_nearest_target_of_each_other_count_is_where_it_may_be() -> None:
     """Two targets that may be one, or three; none of all is excluded."""
     best = from_lists([[(3.0, 2.6, 110.0), (3.0, 3.4, 90.0)]], 3)
-    others = [[], [(3.0, 2.9, 200.0)], [(1.0, 1.0, 1.0)] * 2, [(3.0, 3.5, 80.0), (3.0, 2.5, 1.0)]]
+    three = [(3.0, 3.5, 80.0), (3.0, 2.5, 1.0), (9.0, 9.0, 1.0)]
+    others = [[], [(3.0, 2.9, 200.0)], [(1.0, 1.0, 1.0)] * 2, three]
     of_counts = from_lists(others, 3)
     of_counts = Targets(*(np.asarray(a)[None] for a in dataclasses.astuple(of_counts)))
-    of_counts.mask[0, 3] = [True, True, False]
     with np.errstate(divide="ignore"):
         table = np.log([[0.0, 0.3, 0.6, 0.1]])
     none = np.zeros(1, bool)
@@ -38,6 +39,7 @@ def test_the_nearest_target_of_each_other_count_is_where_it_may_be() -> None:
     fit = type("Fit", (), {"targets": best})
     got = rivals_of(window, Selected(fit, table, of_counts))  # type: ignore[arg-type]
     np.testing.assert_allclose(got.probability[0, :2], [[0.3, 0.1]] * 2)
+
     expected = [[(0, 0.3, 90), (0, -0.1, -109)], [(0, -0.5, 110), (0, 0.1, -10)]]
     np.testing.assert_allclose(got.offset[0, :2], expected, atol=1e-5)
 
@@ -53,7 +55,23 @@ def test_errors_are_those_of_all_explanations() -> None:
     expected = [0.03**2 + 0.1 * 0.1**2, 0.04**2 + 0.2 * 0.3**2, 5.0**2 + 0.2 * 10.0**2]
     np.testing.assert_allclose(wider[0] ** 2, expected)
     np.testing.assert_allclose(stretched[0, :, 3] - 7, 2 * wider[0])
-    np.testing.assert_allclose(stretched[0, :, 0] - 7, -2 * wider[0])
+    np.testing.assert_allclose(stretched[0, :, 0] - 7, -2 * std[0])  # no rival is on this side
+
+
+def test_no_light_is_below_none() -> None:
+    interval = np.tile([2.0, 6.0, 14.0, 18.0], (1, 3, 1))
+    fainter = rivals((0.4, (0.0, 0.0, -9.0)))
+    _, stretched = averaged(np.array([[1.0, 1.0, 4.0]]), interval, fainter, width=0.5)
+    assert stretched[0, 2, 0] == 0
+    assert 0 < stretched[0, 2, 1] < 6
+    np.testing.assert_allclose(stretched[0, 2, 2:], [14, 18])
+
+
+def test_an_improbable_rival_makes_no_tail() -> None:
+    std = np.array([[0.03, 0.04, 5.0]])
+    interval = np.zeros((1, 3, 4))
+    wider, _ = averaged(std, interval, rivals((0.03, (0.3, 0.3, 100.0))), width=0.5)
+    np.testing.assert_allclose(wider, std)
 
 
 @pytest.mark.parametrize(
@@ -67,22 +85,32 @@ def test_other_light_is_no_error(other: Rivals) -> None:
     np.testing.assert_allclose(stretched, interval)
 
 
-def test_confidence_is_the_expectation_over_all_explanations() -> None:
-    """Against draws."""
+@pytest.mark.parametrize("std", [(0.08, 0.08), (0.02, 0.3), (0.2, 0.05)])
+def test_confidence_is_the_expectation_over_all_explanations(std: tuple[float, float]) -> None:
+    """Against draws, of errors that are not round either."""
     rng = np.random.default_rng(0)
-    std = np.array([[0.08, 0.08, 1.0]])
+    errors = np.array([[*std, 1.0]])
     other = rivals((0.3, (0.1, -0.05, 1.0)), (0.2, (np.inf,) * 3))
-    given = within(std, np.zeros((1, 3)))
-    got = confidence(given, std, other)
+    got = confidence(within(errors, np.zeros((1, 3))), errors, other)
     kind = rng.choice(3, size=200_000, p=[0.5, 0.3, 0.2])
     centre = np.array([[0.0, 0.0], [0.1, -0.05], [9.0, 9.0]])[kind]
-    distance = np.linalg.norm(centre + 0.08 * rng.normal(size=centre.shape), axis=1)
+    distance = np.linalg.norm(centre + np.array(std) * rng.normal(size=centre.shape), axis=1)
     share = np.mean([distance <= r for r in RADII], 0)
-    assert abs(got[0] - share.mean()) < 4 * share.std() / share.size**0.5
+    assert abs(got[0] - share.mean()) < 4 * share.std() / share.size**0.5 + 1e-3
+
+
+def test_a_third_rival_is_no_confidence_in_the_best() -> None:
+    """Of shares 0.35, 0.25, 0.2 and 0.2, three are looked at."""
+    best = from_lists([[(3.0, 3.0, 100.0)]], 3)
+    others = from_lists([[(9.0, 9.0, 1.0)] * n for n in range(4)], 3)
+    others = Targets(*(np.asarray(a)[None] for a in dataclasses.astuple(others)))
+    got = between(best, np.array([[0.2, 0.35, 0.25, 0.2]]), others)
+    left = 1 - got.probability[0, 0].sum()
+    assert left == pytest.approx(0.35 / 0.8)
 
 
 def test_a_certain_target_is_within_all_radii() -> None:
-    assert within(np.array([1e-4, 1e-4, 1.0]), np.zeros(3)) == 1
+    assert within(np.array([1e-4, 1e-4, 1.0]), np.zeros(3)) == pytest.approx(1)
     assert within(np.array([1e3, 1e3, 1.0]), np.zeros(3)) < 1e-6
 
 
@@ -114,8 +142,32 @@ def test_counts_in_doubt_make_errors_larger_and_confidence_smaller() -> None:
     frames = found.frame_table()
     assert frames.count.tolist() == count.tolist()
     assert (frames.runner_up != count).all()
+    assert ((frames.runner_up == -1) == ~(frames.runner_up_probability > 0)).all()
     np.testing.assert_allclose(frames.probability, chance)
-    assert (frames.runner_up_probability <= chance).all()
+    assert not (frames.runner_up_probability > chance).any()
+
+
+@pytest.mark.slow
+def test_rivals_stay_with_their_targets_where_the_mean_is_asked_for() -> None:
+    """Frames of one sort are answered together: what is certain stays so beside what is not."""
+    rng = np.random.default_rng(5)
+    table: list[list[tuple[float, float, float]]] = [[(5.0, 5.0, 3000.0)]] * 24
+    table[::3] = [[(5.0, 5 - a, 100.0), (5.0, 5 + a, 100.0)] for a in rng.uniform(0.15, 0.4, 8)]
+    y = np.asarray(dj.render(from_lists(table), frame_size=11, psf=0.5))
+    y = y + 10 * rng.normal(size=y.shape)
+    known = dj.Known(0.5, dj.Sensor(read_noise=10.0, background=0.0))
+    found = dj.unmix(y, known)
+    mask = np.asarray(found.targets.mask)
+    bright = np.asarray(found.targets.intensity) > 1000
+    assert bright.sum() == 16
+    assert found.confidence[bright].min() > 0.9
+    assert found.confidence[mask & ~bright].max() < 0.9
+    again = dj.unmix(y[::-1], known)
+    np.testing.assert_allclose(again.confidence[::-1], found.confidence, atol=1e-6)
+
+
+def test_radii_are_those_of_the_metric() -> None:
+    assert RADII == THRESHOLDS
 
 
 def test_ranking_by_confidence_is_a_number_of_its_own() -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from dscsnet_jax.inference import spd
+from dscsnet_jax.inference.alike import Alike
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.lanes import lanes_last
-from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, Shape, propose
+from dscsnet_jax.inference.moves import NUM_FURTHER, WALK, Shape, kind_of, propose
 from dscsnet_jax.inference.observation import observe
+from dscsnet_jax.inference.prior import scene_prior
 from dscsnet_jax.inference.scene_model import scene_model
 from dscsnet_jax.physics.preset import Sensor
 from dscsnet_jax.physics.psf import Gaussian
@@ -92,3 +94,17 @@ def test_what_is_not_there_stays_where_it_is():
     assert np.isfinite(gain).all()
     assert (new[3:6] == 0).all()
     assert (new[:3] != theta[:3]).all()
+
+
+def test_trajectories_are_for_chains_that_have_disagreed():
+    """And for light that no prior tells; the first turn, which most end with, has none."""
+    seen = observe(np.zeros((1, 3, 3)), Sensor(read_noise=1.0, background=0.0))
+    seen = jax.tree.map(lambda a: jnp.moveaxis(jnp.asarray(a), 0, -1)[..., None], seen)
+    told = scene_prior(intensity=(50.0, 60.0))
+    for prior, trajectories in ((scene_prior(intensity=Alike()), 0.2), (told, 0.0)):
+        known = Known(psf=Gaussian(np.float32(0.5)), prior=prior)
+        model = lanes_last(scene_model)(seen, jnp.ones((2, 1, 1), bool), known, uniform=True)
+        u = jnp.linspace(0, 1, 100, endpoint=False)
+        first, later = (np.array([kind_of(x, model, n) for x in u]) for n in (0, 1))
+        assert first.max() == (6 if trajectories else 4)
+        assert abs((later == 7).mean() - trajectories) < 0.02

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dscsnet_jax.inference.doubt import _ambiguous, _Light
 from dscsnet_jax.inference.known import Known
 from dscsnet_jax.inference.observation import observe
 from dscsnet_jax.inference.prior import ScenePrior, preset_prior, scene_prior
@@ -253,3 +254,14 @@ def test_start_of_lists_is_taken():
         Known(psf=Gaussian(np.float32(0.5))),
     )
     assert int(found.fit.targets.count[0]) == 0
+
+
+def test_a_pair_may_always_hide_a_third_that_the_light_allows():
+    """The shape of much light tells one target from two; of two and more it does not."""
+    light = jnp.array([200.0, 300.0, 300.0, 90.0])
+    at = _Light(peak=jnp.zeros(4), light=light, error=jnp.full(4, 1.0))
+    prior = scene_prior(intensity=(50.0, 250.0))
+    got = _ambiguous(at, jnp.array([1, 2, 3, 2]), prior)
+    assert got.tolist() == [False, True, True, True]
+    narrow = scene_prior(intensity=(140.0, 160.0))  # no other number makes as much
+    assert _ambiguous(at, jnp.array([1, 2, 2, 2]), narrow).tolist()[1:3] == [False, False]

@@ -14,6 +14,7 @@ from dscsnet_jax.inference.prior import preset_prior, scene_prior
 from dscsnet_jax.inference.sampler import sample
 from dscsnet_jax.inference.summary import (
     ENOUGH_SAMPLES,
+    RADII,
     Posterior,
     is_numbered,
     numbered,
@@ -272,3 +273,20 @@ def test_spread_between_limits():
     error = ratio.std() / np.sqrt(ratio.size)
     assert error < 0.02
     assert abs(ratio.mean() - 1) < 3 * error + 0.01  # the error of the mean of so few samples
+
+
+def test_confidence_is_the_share_of_radii_that_hold_a_sampled_target(pairs):
+    """Around the mean, any target of a sample counts."""
+    seen, truth, known = pairs
+    some = jax.tree.map(lambda a: a[:32], (seen, truth))
+    answer = jax.jit(sample, static_argnames="keep_samples")(
+        *some, known, jax.random.key(0), keep_samples=True
+    )
+    place = np.asarray(answer.samples)[..., :2]
+    centre = np.asarray(answer.targets.position)
+    apart = np.linalg.norm(place[:, :, None] - centre[:, None, :, None], axis=-1)  # (B, S, K, K')
+    mask = np.asarray(answer.targets.mask)
+    nearest = np.where(mask[:, None, None], apart, np.inf).min(-1)
+    expected = np.mean([(nearest <= r).mean(1) for r in RADII], 0) * mask
+    np.testing.assert_allclose(answer.confidence, expected, atol=2 / place.shape[1])
+    assert 0.3 < answer.confidence[mask].mean() < 1
