@@ -140,7 +140,10 @@ def confidence(given: np.ndarray, std: np.ndarray, rivals: Rivals) -> np.ndarray
       std: (..., 3) standard deviations at the best count, those of the rivals as well.
       rivals: of the targets.
     """
-    share = within(std[..., None, :], rivals.offset)
+    some = rivals.probability > 0  # of few targets
+    share = np.zeros(some.shape)
+    each = np.broadcast_to(std[..., None, :], rivals.offset.shape)
+    share[some] = within(each[some], rivals.offset[some])
     best = 1 - rivals.probability.sum(-1)
     return best * given + (rivals.probability * share).sum(-1)
 

@@ -153,7 +153,8 @@ def solve(
         shift = begun.position[number] - found.position, begun.intensity[number] - found.intensity
         offset = offset[number] + np.column_stack(shift)[:, None]
         values = [*of_means, chance[number], offset]
-    values = _over_counts(values, float(np.mean(known.psf.width)))
+    if len(found.frame):
+        values = _over_counts(values, float(np.mean(known.psf.width)))
     targets, values, truncated = windows.padded(found, values, num_frames, max_targets)
     slots = targets.mask.shape
     none = [np.zeros((*slots, *shape)) for shape in ((3,), (3, 4), (), (), (), (), (0, 3))]
@@ -443,8 +444,6 @@ def _mean_values(w: Windows, posterior: Posterior) -> tuple[Any, ...]:
 
 def _over_counts(values: list[np.ndarray], width: float) -> list[np.ndarray]:
     """Values per target, the last two those of their rivals, averaged over the counts."""
-    if not values or not len(values[0]):
-        return []
     std, interval, given, *others = values[:-2]
     rivals = Rivals(*values[-2:])
     return [*averaged(std, interval, rivals, width), confidence(given, std, rivals), *others]

@@ -20,7 +20,17 @@ from dscsnet_jax.physics.targets import Targets
 
 
 @dataclass(frozen=True, eq=False)
-class Catalog:
+class _Rows:
+    """A table, one array of the same length per column."""
+
+    frame: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog(_Rows):
     """A table of targets, one array of the same length per column.
 
     Attributes:
@@ -35,7 +45,6 @@ class Catalog:
         true target lies; NaN where unknown.
     """
 
-    frame: np.ndarray
     target: np.ndarray
     row: np.ndarray
     col: np.ndarray
@@ -46,12 +55,9 @@ class Catalog:
     status: np.ndarray
     confidence: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.frame)
-
 
 @dataclass(frozen=True, eq=False)
-class FrameTable:
+class FrameTable(_Rows):
     """What is known of frames as a whole, one array of the same length per column.
 
     Attributes:
@@ -65,7 +71,6 @@ class FrameTable:
       status: str, flags of the frame or any target of it, or `ok`.
     """
 
-    frame: np.ndarray
     count: np.ndarray
     probability: np.ndarray
     runner_up: np.ndarray
@@ -76,11 +81,8 @@ class FrameTable:
     residual: np.ndarray
     status: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.frame)
 
-
-Table = TypeVar("Table", Catalog, FrameTable)
+Table = TypeVar("Table", bound=_Rows)
 COLUMNS = tuple(field.name for field in fields(Catalog))
 _LATER = ("confidence",)  # columns that older catalogs lack
 _TYPES: dict[str, type] = {
@@ -195,7 +197,7 @@ def prepare_catalog(path: str | Path, *, force: bool = False) -> Path:
     return prepare_output(path, force=force)
 
 
-def write_catalog(path: str | Path, catalog: Catalog | FrameTable, *, force: bool = False) -> None:
+def write_catalog(path: str | Path, catalog: _Rows, *, force: bool = False) -> None:
     """Write a catalog, or a table of frames, in the format of the suffix.
 
     Numbers keep all their digits. CSV is UTF-8 with decimal points; an unknown number is an
@@ -274,16 +276,16 @@ def _typed(path: Path, name: str, column: Sequence) -> np.ndarray:
     return np.array(values, kind)
 
 
-def _columns(table: Catalog | FrameTable) -> dict[str, np.ndarray]:
+def _columns(table: _Rows) -> dict[str, np.ndarray]:
     """The columns by name."""
     return {field.name: getattr(table, field.name) for field in fields(table)}
 
 
-def as_astropy(catalog: Catalog | FrameTable) -> Any:
+def as_astropy(catalog: _Rows) -> Any:
     """The catalog as an `astropy.table.Table` with units."""
     return tables.as_astropy(_columns(catalog), _UNITS)
 
 
-def as_arrow(catalog: Catalog | FrameTable) -> Any:
+def as_arrow(catalog: _Rows) -> Any:
     """The catalog as a `pyarrow.Table`."""
     return tables.as_arrow(_columns(catalog))

@@ -19,6 +19,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from dscsnet_jax.cli.scoring import ranked
 from dscsnet_jax.cli.simulate import simulated
 from dscsnet_jax.estimation.calibrate import calibrate
 from dscsnet_jax.estimation.limit import bayes_limit
@@ -78,8 +79,7 @@ def main() -> None:
 
 def show(name: str, answer: UnmixResult, truth: Targets, seconds: float) -> None:
     """One row of the table."""
-    trusted = None if np.isnan(answer.confidence).any() else answer.confidence
-    scores = evaluate(answer.targets, truth, confidence=trusted)
+    scores = evaluate(answer.targets, truth, confidence=ranked([answer]))
     within = coverage(answer, truth)
     two = np.flatnonzero(np.asarray(truth.count) == 2)
     of_two = [jax.tree.map(lambda a: np.asarray(a)[two], t) for t in (answer.targets, truth)]

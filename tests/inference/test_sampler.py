@@ -92,18 +92,17 @@ def allowed(answer: Posterior, means) -> np.ndarray:
     return np.repeat(0.15 + 2 / np.sqrt(effective), [len(mean) for mean in means])[:, None]
 
 
-def assert_true(answer: Posterior, means, stds, spread: float) -> None:
+def assert_true(answer: Posterior, means, stds, spread: float, num_errors: float = 0.0) -> None:
     """Means of 95 % and spreads, to such a factor, of 90 % of the targets are the true ones.
 
-    Judged by the standard error of such a share: which targets are off is left to the chains'
-    random numbers, and so to rounding.
+    At most so many standard errors of such a share below.
     """
     off, ratio = pulls(answer, means, stds)
     for fine, share in (
         (np.abs(off) < allowed(answer, means), 0.95),
         (np.abs(ratio) < np.log(spread), 0.9),
     ):
-        assert fine.mean() >= share - 2 * (share * (1 - share) / len(fine)) ** 0.5
+        assert fine.mean() >= share - num_errors * (share * (1 - share) / len(fine)) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["std1", "std2"])
@@ -116,9 +115,13 @@ def test_means_and_spreads_are_those_of_the_true_posterior(data_dir, name):
 
 @pytest.mark.parametrize("name", ["std1", "std2", "std5"])
 def test_long_chains_have_the_true_posterior(data_dir, name):
-    """Ten times as many samples: what is left is mostly the reference's own error."""
+    """Ten times as many samples: what is left is mostly the reference's own error.
+
+    At noise 5 which targets are off is left to the random numbers, and so to rounding.
+    """
     seen, start, known, means, stds = fixture(data_dir, name, 3)
-    assert_true(posterior_of_long_chains(seen, start, known, 0), means, stds, 1.15)
+    answer = posterior_of_long_chains(seen, start, known, 0)
+    assert_true(answer, means, stds, 1.15, num_errors=2.0 if name == "std5" else 0.0)
 
 
 def test_chains_that_have_not_been_everywhere_do_not_agree():
